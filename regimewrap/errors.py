@@ -1,0 +1,77 @@
+"""Everything regimewrap raises on purpose.
+
+::
+
+    RegimewrapError
+    ├── PolicyError (ValueError)         a policy, its file or a ratio is not valid
+    ├── SelectionError (ValueError)      a tensor or k that no top-k selection can work with
+    ├── WrapError (RuntimeError)         a model could not be wrapped, unwrapped or planned
+    │   ├── NoSitesError                 the policy matched no activation
+    │   ├── AlreadyWrappedError          wrap was called twice
+    │   ├── NotWrappedError              a wrapped model was needed
+    │   └── UnreachableSiteError         the policy selects an activation that no mechanism can gate soundly
+    ├── SignalError (ValueError)         what was passed to RegimeCycler.step cannot steer it
+    ├── StateError (ValueError)          a saved state that belongs to something else, or is damaged
+    ├── SyncError (RuntimeError)         ranks disagree or do not answer
+    ├── DataError (ValueError)           a data path, archive or image that cannot be used
+    └── MissingExtraError (ImportError)  an optional package is needed
+
+Messages say what came, what was expected and how to mend it, on one line where that is possible.
+"""
+
+from __future__ import annotations
+
+
+class RegimewrapError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class PolicyError(RegimewrapError, ValueError):
+    """A policy, a policy file or a ratio is not valid."""
+
+
+class SelectionError(RegimewrapError, ValueError):
+    """A tensor or a count that top-k selection cannot work with."""
+
+
+class WrapError(RegimewrapError, RuntimeError):
+    """A model could not be planned, wrapped or unwrapped; the model is as it was."""
+
+
+class NoSitesError(WrapError):
+    """The policy matched no activation of the model."""
+
+
+class AlreadyWrappedError(WrapError):
+    """The model is wrapped already."""
+
+
+class NotWrappedError(WrapError):
+    """A wrapped model was needed and this one is not."""
+
+
+class UnreachableSiteError(WrapError):
+    """The policy selects an activation that no mechanism can gate soundly."""
+
+
+class SignalError(RegimewrapError, ValueError):
+    """What was passed to ``RegimeCycler.step`` cannot steer it."""
+
+
+class StateError(RegimewrapError, ValueError):
+    """A saved state that belongs to another policy, model or version, or is damaged."""
+
+
+class SyncError(RegimewrapError, RuntimeError):
+    """Ranks disagree about the keep ratio, or one of them does not answer."""
+
+
+class DataError(RegimewrapError, ValueError):
+    """A data path, archive or image that cannot be used."""
+
+
+class MissingExtraError(RegimewrapError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'regimewrap[{extra}]'")
