@@ -1,0 +1,65 @@
+"""The selection in plain torch operations: any device, any dtype, no compiler.
+
+What runs where no kernel does, and what a kernel falls back to. It must keep exactly what ``reference.py`` keeps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from regimewrap.topk.selection import Selection, row_shape, units_kept
+
+
+def kept(x: Tensor, ratio: float, selection: Selection) -> Tensor:
+    """Return the mask of kept units.
+
+    Args:
+        x: floating point, at least one element.
+        ratio: effective keep ratio, in (0, 1).
+        selection: what is ranked with what.
+
+    Returns:
+        Boolean, shape of ``x``; strides are unspecified.
+    """
+    last = x.movedim(selection.channel_dim, -1) if selection.scope == "position" else x
+    rows = last.reshape(row_shape(x.shape, selection))
+    score = rows.abs() if selection.score == "magnitude" else rows
+    threshold, k = _thresholds(score, ratio, selection)
+    nan = score.isnan()
+    if selection.ties == "keep":
+        mask = (score >= threshold) | nan
+    else:
+        above = (score > threshold) | nan
+        tied = score == threshold
+        mask = above | (tied & (tied.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    mask = mask.reshape(last.shape)
+    return mask.movedim(-1, selection.channel_dim) if selection.scope == "position" else mask
+
+
+def _thresholds(score: Tensor, ratio: float, selection: Selection) -> tuple[Tensor, Tensor | int]:
+    """Return the k-th largest score of each row, shape (rows, 1), and k; NaN where k or more scores are NaN."""
+    if selection.relative_to == "active":
+        k = ((score != 0).sum(-1, keepdim=True).double() * ratio).long().clamp_min(1)
+        return score.sort(dim=-1, descending=True).values.gather(-1, k - 1), k
+    units = units_kept(score.shape[-1], ratio)
+    # topk ranks NaN first. Unsorted, it took 0.85 of kthvalue's time on CPU, and kthvalue is refused on CUDA where
+    # deterministic algorithms are demanded.
+    largest = score.topk(units, dim=-1, sorted=False).values
+    nan = largest.isnan()
+    lowest = largest.masked_fill(nan, math.inf).amin(-1, keepdim=True)
+    return lowest.masked_fill(nan.all(-1, keepdim=True), math.nan), units
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a flat boolean tensor into bytes, lowest bit first; the last byte is filled up with zeros."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, n: int) -> Tensor:
+    """Return the first ``n`` bits as a flat boolean tensor."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).view(torch.bool).flatten()[:n]

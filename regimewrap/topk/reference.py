@@ -1,0 +1,73 @@
+"""Which units are kept, written to be read: one row at a time, in double precision, with a full sort.
+
+The meaning of a gate is what this file says; every fast kernel is compared with it. It must stay slow and obvious, and
+nothing but tests and doubt should call it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regimewrap.topk.selection import Selection, check_selection, effective_ratio, row_shape, units_kept
+
+
+def kept(
+    x: Tensor,
+    keep_ratio: float,
+    *,
+    scope: str = "sample",
+    channel_dim: int = 1,
+    score: str = "magnitude",
+    relative_to: str = "all",
+    ties: str = "keep",
+    multiplier: float = 1.0,
+) -> Tensor:
+    """Return which units of ``x`` a gate keeps.
+
+    Args:
+        x: floating point, any shape and memory format.
+        keep_ratio: share of a row's units to keep, above 0; from 1 on everything is kept, whatever the multiplier.
+        scope: what is ranked together. "sample": all units of one entry of the first dimension; a tensor of one
+            dimension, or of none, has one unit per sample, and keeps it. "position": the channels of one position.
+            "batch": the whole tensor.
+        channel_dim: the dimension ranked by scope "position"; may be negative.
+        score: rank by "magnitude" or by signed "value".
+        relative_to: count ``n`` over "all" units of the row, or over its "active" (non-zero) ones.
+        ties: units that equal the smallest kept score are all kept ("keep"), or only as many as fit, those with the
+            lowest index in the row first ("exact").
+        multiplier: of ``keep_ratio``, for this tensor only; the product is cut at 1.
+
+    Returns:
+        Boolean mask, shape of ``x``. A row of n units keeps the k = max(1, int(n * keep_ratio)) largest. NaN ranks
+        above every number and is kept always, also where there are more than k. Zeros rank like any other value, so a
+        row with fewer than k non-zero units keeps all of them and (ties kept) all zeros.
+
+    Raises:
+        SelectionError: an argument is not one of the above.
+    """
+    selection = Selection(scope, channel_dim, score, relative_to, ties)
+    check_selection(x, selection, multiplier)
+    ratio = effective_ratio(keep_ratio, multiplier)
+    if ratio == 1.0 or x.numel() == 0:
+        return torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+    last = x.detach().movedim(channel_dim, -1) if scope == "position" else x.detach()
+    rows = last.reshape(row_shape(x.shape, selection))
+    mask = torch.stack([_kept_in_row(row.double(), ratio, selection) for row in rows]).reshape(last.shape)
+    return mask.movedim(-1, channel_dim) if scope == "position" else mask
+
+
+def _kept_in_row(row: Tensor, ratio: float, selection: Selection) -> Tensor:
+    n = int((row != 0).sum()) if selection.relative_to == "active" else row.numel()
+    k = units_kept(n, ratio)
+    score = row.abs() if selection.score == "magnitude" else row
+    nan = score.isnan()
+    room = k - int(nan.sum())
+    if room <= 0:
+        return nan
+    threshold = score[~nan].sort(descending=True).values[room - 1]
+    if selection.ties == "keep":
+        return nan | (score >= threshold)
+    tied = score == threshold
+    free = room - int((score > threshold).sum())
+    return nan | (score > threshold) | (tied & (tied.cumsum(0) <= free))

@@ -1,0 +1,117 @@
+"""What a selection may be asked for: the words, the count ``k``, and how a tensor falls into rows.
+
+Everything that selects, slow or fast, checks its arguments here, so all of them refuse the same input with the same
+words. Nothing here looks at a tensor's values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from regimewrap.errors import SelectionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+SCOPES = ("sample", "position", "batch")
+SCORES = ("magnitude", "value")
+RELATIVE_TO = ("all", "active")
+TIES = ("keep", "exact")
+GRADIENTS = ("masked", "straight_through")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Selection(NamedTuple):
+    """What is ranked with what; the fields mean what :func:`regimewrap.topk.op.topk_gate` says."""
+
+    scope: str = "sample"
+    channel_dim: int = 1
+    score: str = "magnitude"
+    relative_to: str = "all"
+    ties: str = "keep"
+
+
+def check_selection(x: Tensor, selection: Selection, multiplier: float) -> None:
+    """Refuse what no selection can work with.
+
+    Raises:
+        SelectionError: ``x`` is not a dense floating tensor of 16, 32 or 64 bits, a word is unknown, ``channel_dim`` is
+            no dimension of ``x`` (scope "position" only) or ``multiplier`` is not a positive number.
+    """
+    if x.dtype not in DTYPES:
+        raise SelectionError(
+            f"a gate ranks float16, bfloat16, float32 or float64 values; got a tensor of {x.dtype}. "
+            "Exclude this site, or convert its output first."
+        )
+    if x.layout is not torch.strided or x.is_nested:
+        raise SelectionError(
+            f"a gate needs a dense tensor; got layout {x.layout}{' (nested)' if x.is_nested else ''}. "
+            "Call .to_dense() or .to_padded_tensor() first."
+        )
+    _require_word("scope", selection.scope, SCOPES)
+    _require_word("score", selection.score, SCORES)
+    _require_word("relative_to", selection.relative_to, RELATIVE_TO)
+    _require_word("ties", selection.ties, TIES)
+    if selection.scope == "position" and not -x.dim() <= selection.channel_dim < x.dim():
+        raise SelectionError(
+            f"channel_dim must name a dimension of the tensor; got {selection.channel_dim} for shape {tuple(x.shape)}. "
+            'Set channel_dim, or use scope="sample".'
+        )
+    if not 0.0 < multiplier < math.inf:
+        raise SelectionError(f"multiplier must be a positive number; got {multiplier!r}.")
+
+
+def check_gradient(gradient: str) -> None:
+    """Refuse an unknown way of passing the gradient.
+
+    Raises:
+        SelectionError: ``gradient`` is neither "masked" nor "straight_through".
+    """
+    _require_word("gradient", gradient, GRADIENTS)
+
+
+def effective_ratio(keep_ratio: float, multiplier: float) -> float:
+    """Return the share of units to keep, in (0, 1]; 1.0 means that nothing is cut, whatever is counted.
+
+    Raises:
+        SelectionError: ``keep_ratio`` is not a positive number.
+    """
+    if not keep_ratio > 0.0:
+        raise SelectionError(f"keep_ratio must be a fraction in (0, 1]; got {keep_ratio!r}.")
+    # Full budget is the unwrapped model at every site, also where a multiplier below 1 would cut.
+    return 1.0 if keep_ratio >= 1.0 else min(1.0, keep_ratio * multiplier)
+
+
+def units_kept(n: int, ratio: float) -> int:
+    """Return k, the number of units kept out of ``n``; at least one."""
+    return max(1, int(n * ratio))
+
+
+def row_shape(shape: Sequence[int], selection: Selection) -> tuple[int, int]:
+    """Return (rows, units in a row) of a tensor of this shape.
+
+    A tensor without a second dimension has one unit per sample, which a gate always keeps; so has a 0-d tensor.
+    """
+    total = math.prod(shape)
+    if selection.scope == "batch":
+        return 1, total
+    if selection.scope == "position":
+        units = shape[selection.channel_dim]
+        rest = list(shape)
+        del rest[selection.channel_dim]
+        return math.prod(rest), units
+    return (shape[0] if len(shape) else 1), math.prod(shape[1:])
+
+
+def _require_word(name: str, value: str, words: Sequence[str]) -> None:
+    if value in words:
+        return
+    near = difflib.get_close_matches(str(value), words, n=1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    raise SelectionError(f"{name} must be one of {', '.join(words)}; got {value!r}.{hint}")
