@@ -1,0 +1,277 @@
+"""What everything that a user may set has in common: frozen, checked when built, explained when wrong.
+
+A settings class is a pydantic model whose every mistake is a ``PolicyError``, one line a problem: where (the dotted
+path), what was expected, what came, and the nearest valid name. The words come from the class's own JSON schema, so a
+strategy that a user registers gets the same messages. No policy and no rule lives here; no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic_core import PydanticCustomError
+
+from regimewrap.errors import PolicyError
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+T = TypeVar("T")
+
+# Errors for which "expected" as the schema words it says all there is to say.
+_PLAIN_ERRORS = {
+    "finite_number",
+    "greater_than",
+    "greater_than_equal",
+    "int_from_float",
+    "less_than",
+    "less_than_equal",
+    "literal_error",
+    "too_short",
+}
+_TYPES = {"array": "a list", "boolean": "true or false", "null": "nothing", "object": "a mapping", "string": "text"}
+
+
+def _not_a_bool(value: object) -> object:
+    # Lax mode, which YAML's `1e-3` (text to PyYAML) needs, would also read True as 1.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number, not a boolean")
+    return value
+
+
+NOT_A_BOOL = BeforeValidator(_not_a_bool)
+# The bounds come first: behind a validator, pydantic would no longer put them into the schema.
+Ratio = Annotated[float, Field(gt=0, le=1), NOT_A_BOOL]
+Weight = Annotated[float, Field(ge=0, lt=1), NOT_A_BOOL]
+NonNegative = Annotated[float, Field(ge=0), NOT_A_BOOL]
+Positive = Annotated[float, Field(gt=0), NOT_A_BOOL]
+Whole = Annotated[int, NOT_A_BOOL]
+Natural = Annotated[int, Field(ge=0), NOT_A_BOOL]
+Count = Annotated[int, Field(ge=1), NOT_A_BOOL]
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest of ``names``, or nothing when none is near."""
+    found = difflib.get_close_matches(str(name).lower(), {known.lower(): known for known in names}, n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def shown(value: object) -> str:
+    """Return ``value`` as it is put into a message: its repr, on one line and short."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+def percent_hint(name: str, value: object) -> str:
+    """Return what to pass when ``value`` looks like a percentage of a fraction, or nothing."""
+    if isinstance(value, int | float) and 1 < value <= 100:
+        return f" If you meant {value:g}%, pass {name}={value / 100:g}."
+    return ""
+
+
+class _Checked(ModelMetaclass):
+    """Turns pydantic's error into ours where a user builds settings.
+
+    Nested validation happens inside pydantic-core and does not come through here, so an error still arrives with its
+    whole path.
+    """
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **settings: Any) -> Any:  # noqa: N805 - of a metaclass
+            if args:
+                raise PolicyError(f"{cls.__name__} takes its settings by name; got {shown(args[0])} without one.")
+            return _explained(cls, lambda: super(_Checked, cls).__call__(**settings))
+
+
+class Settings(BaseModel, metaclass=_Checked):
+    """Base of all settings: frozen, no unknown names, finite numbers, mistakes reported as ``PolicyError``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some settings changed, checked like new ones.
+
+        Args:
+            **changes: new values by name. For a setting that is itself settings (such as ``gate``), an instance takes
+                its place; a mapping changes only the names in it, unless it names another ``kind``.
+
+        Raises:
+            PolicyError: a name or a value is not valid.
+        """
+        return type(self)(**{**dict(self), **{name: self._merged(name, new) for name, new in changes.items()}})
+
+    def _merged(self, name: str, new: object) -> object:
+        old = getattr(self, name, None) if name in type(self).model_fields else None
+        if not isinstance(old, Settings) or not isinstance(new, Mapping):
+            return new
+        if new.get("kind", getattr(old, "kind", None)) != getattr(old, "kind", None):
+            return new
+        return {**dict(old), **{key: old._merged(key, value) for key, value in new.items()}}
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but ``update`` is validated; pydantic would let anything pass, frozen or not."""
+        copied = super().model_copy(deep=deep)
+        return copied.replace(**update) if update else copied
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, with a ``PolicyError`` for a mistake."""
+        return _explained(cls, lambda: super(Settings, cls).model_validate(obj, **options))
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """As pydantic's, with a ``PolicyError`` for a mistake."""
+        return _explained(cls, lambda: super(Settings, cls).model_validate_json(json_data, **options))
+
+    @classmethod
+    def model_validate_strings(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, with a ``PolicyError`` for a mistake."""
+        return _explained(cls, lambda: super(Settings, cls).model_validate_strings(obj, **options))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise PolicyError(f"{type(self).__name__} is frozen; make a changed copy: .replace({name}={shown(value)}).")
+
+    def __delattr__(self, name: str) -> None:
+        raise PolicyError(f"{type(self).__name__} is frozen; {name} cannot be deleted.")
+
+    def __hash__(self) -> int:
+        return hash((type(self), json.dumps(self.model_dump(mode="json"), sort_keys=True)))
+
+
+def _explained(cls: type[BaseModel], build: Callable[[], T]) -> T:
+    try:
+        return build()
+    except ValidationError as error:
+        message = explain(error, cls)
+    raise PolicyError(message)
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """Return what is wrong in words, one line for each problem.
+
+    Args:
+        error: what pydantic raised.
+        cls: the settings class that was being built.
+    """
+    try:
+        root = cls.model_json_schema()
+    except PydanticUserError:  # a user's strategy with a type that has no schema: pydantic's words must do
+        root = {}
+    lines = [_line(problem, root, cls.__name__) for problem in error.errors(include_url=False)]
+    return "\n".join(dict.fromkeys(lines))  # each branch of a union reports, in the same words
+
+
+def _line(problem: Mapping[str, Any], root: dict[str, Any], title: str) -> str:
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    path, node, parent = _locate(root, problem["loc"])
+    name = ".".join(path)
+    if kind == "extra_forbidden":
+        known = list(parent.get("properties", {}))
+        return f"{name} is not a setting; got {shown(value)}.{nearest(path[-1], known)} Settings: {', '.join(known)}."
+    if kind == "missing":
+        return f"{name} is missing; expected {_expected(root, node)}."
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        kinds, name = sorted(node.get("discriminator", {}).get("mapping", {})), ".".join([*path, "kind"])
+        if "tag" not in context:
+            return f"{name} is missing; expected one of {', '.join(kinds)}."
+        tag = context["tag"]
+        return f"{name} must be one of {', '.join(kinds)}; got {shown(tag)}.{nearest(tag, kinds)}"
+    if kind in ("value_error", "assertion_error"):
+        return f"{name}: {context['error']}" if name else str(context["error"])
+    if not node or not (kind in _PLAIN_ERRORS or kind.endswith(("_type", "_parsing"))):
+        return f"{name or title}: {problem['msg']}; got {shown(value)}."
+    hint = percent_hint(path[-1], value) if path and _is_fraction(root, node) else ""
+    hint = hint or nearest(value, (str(choice) for choice in _choices(node)))
+    return f"{name or title} must be {_expected(root, node)}; got {shown(value)}.{hint}"
+
+
+def _locate(root: dict[str, Any], where: Iterable[int | str]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Return the path as a user would write it, and the schemas of the last thing on it and of what holds that."""
+    path: list[str] = []
+    node, parent = _resolved(root, root), root
+    for step in where:
+        tags = node.get("discriminator", {}).get("mapping", {})
+        if step in tags:  # pydantic puts the kind on the path; users do not
+            node = _resolved(root, {"$ref": tags[step]})
+        elif "anyOf" in node:  # the branch of a union: the whole union says better what was expected
+            break
+        else:
+            path.append(str(step))
+            inner = node.get("properties", {}).get(step) or node.get("items") or node.get("additionalProperties")
+            node, parent = _resolved(root, inner if isinstance(inner, dict) else {}), node
+    return path, node, parent
+
+
+def _resolved(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node:
+        found: Any = root
+        for part in node["$ref"].removeprefix("#/").split("/"):
+            found = found[part]
+        node = found
+    return node
+
+
+def _choices(node: dict[str, Any]) -> list[Any]:
+    if "anyOf" in node:
+        return [choice for branch in node["anyOf"] for choice in _choices(branch)]
+    return list(node.get("enum", [node["const"]] if "const" in node else []))
+
+
+def _is_fraction(root: dict[str, Any], node: dict[str, Any]) -> bool:
+    if "anyOf" in node:
+        return any(_is_fraction(root, _resolved(root, branch)) for branch in node["anyOf"])
+    low = node.get("minimum", node.get("exclusiveMinimum"))
+    return low == 0 and 1 in (node.get("maximum"), node.get("exclusiveMaximum")) and node.get("type") == "number"
+
+
+def _expected(root: dict[str, Any], node: dict[str, Any]) -> str:
+    """Return a schema in words: ``a fraction in (0, 1] or 'current'``."""
+    node = _resolved(root, node)
+    if "anyOf" in node:
+        return " or ".join(_expected(root, branch) for branch in node["anyOf"])
+    if "discriminator" in node:
+        return f"a mapping with a kind ({', '.join(sorted(node['discriminator']['mapping']))})"
+    choices = _choices(node)
+    if choices:
+        return ("one of " if len(choices) > 1 else "") + ", ".join(repr(choice) for choice in choices)
+    kind = str(node.get("type", "something else"))
+    if kind in ("number", "integer"):
+        return _expected_number(node, _is_fraction(root, node))
+    if kind == "array" and "items" in node:
+        return f"a list of {_expected(root, node['items'])}".replace("a list of text", "a list of names")
+    if "properties" in node:
+        return f"a mapping of settings ({', '.join(node['properties'])})"
+    return _TYPES.get(kind, kind)
+
+
+def _expected_number(node: dict[str, Any], fraction: bool) -> str:
+    noun = "a fraction" if fraction else "a whole number" if node["type"] == "integer" else "a number"
+    low, high = node.get("minimum", node.get("exclusiveMinimum")), node.get("maximum", node.get("exclusiveMaximum"))
+    opening, closing = "[" if "minimum" in node else "(", "]" if "maximum" in node else ")"
+    if low is not None and high is not None:
+        return f"{noun} in {opening}{low:g}, {high:g}{closing}"
+    if low is not None:
+        return f"{noun} {'≥' if opening == '[' else '>'} {low:g}"
+    if high is not None:
+        return f"{noun} {'≤' if closing == ']' else '<'} {high:g}"
+    return noun
+
+
+def whole_number(name: str, value: object) -> int:
+    """Return ``value`` as an ``int`` of at least 1, or raise a ``PolicyError`` that names it."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise PolicyError(f"{name} must be a whole number ≥ 1; got {shown(value)}.")
+    return count
