@@ -18,10 +18,10 @@ from pydantic import Field, field_validator
 from regimewrap.errors import PolicyError
 from regimewrap.settings import (
     Count,
-    Number,
     Positive,
     Ratio,
     Settings,
+    Weight,
     Whole,
     nearest,
     percent_hint,
