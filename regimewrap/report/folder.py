@@ -1,0 +1,90 @@
+"""The folder that a run leaves: every file whole or absent, whenever the process ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regimewrap.errors import DataError
+from regimewrap.report import plots
+from regimewrap.report.page import policy_yaml, render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from regimewrap.results import Arm, Experiment
+
+_PLOTS: dict[str, Callable[[Experiment], bytes | None]] = {
+    "accuracy-by-budget.png": plots.accuracy_by_budget,
+    "keep-ratio-trace.png": plots.keep_ratio_trace,
+    "time-bound.png": plots.time_bound,
+}
+
+
+def write_report(experiment: Experiment, folder: Path) -> None:
+    """Write ``report.html``, its plots as PNG, ``results.json`` and ``policy.yaml`` into ``folder``, made if missing.
+
+    ``results.json`` reads back with ``Experiment.model_validate_json``. ``policy.yaml`` holds a YAML document for each
+    arm. Each file is written beside its place and then moved there, so an interruption leaves the old file or the new
+    one, and reports of a run that goes on may be written again and again. A plot that the records no longer allow is
+    removed.
+
+    Raises:
+        DataError: the folder cannot be made or written.
+        MissingExtraError: matplotlib is not installed.
+    """
+    pictures = {name: draw(experiment) for name, draw in _PLOTS.items()}
+    shown = {name: picture for name, picture in pictures.items() if picture is not None}
+    files = {
+        "results.json": _json(experiment).encode(),
+        "policy.yaml": _policies(experiment.arms).encode(),
+        **shown,
+        "report.html": render(experiment, shown).encode(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _write_whole(folder / name, content)
+        for name in pictures.keys() - shown.keys():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the report to {folder}: {error.strerror or error}. Choose another folder."
+        ) from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    beside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        beside.chmod(0o644)  # mkstemp's own is for the owner alone; a report is there to be passed on
+        beside.replace(path)
+    except BaseException:  # Ctrl-C as well
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _json(experiment: Experiment) -> str:
+    return json.dumps(_numbers_as_text(experiment.model_dump(mode="json")), indent=1, allow_nan=False) + "\n"
+
+
+def _numbers_as_text(value: Any) -> Any:
+    """Write NaN and infinities as text: JSON has no numbers for them, and pydantic reads such text back."""
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case dict():
+            return {key: _numbers_as_text(item) for key, item in value.items()}
+        case list():
+            return [_numbers_as_text(item) for item in value]
+    return value
+
+
+def _policies(arms: list[Arm]) -> str:
+    return "---\n".join(f"# {arm.name}: {' '.join(arm.about.split())}\n{policy_yaml(arm)}" for arm in arms)

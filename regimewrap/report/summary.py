@@ -1,0 +1,116 @@
+"""Mean, spread and comparison of arms over seeds: the only place where figures are made from records.
+
+Everything shown, as text, table or plot, comes from here, so that no two of them can disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, stdev, variance
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regimewrap.results import Arm, Experiment
+
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom. The last serves all larger counts, to be safe.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+
+# Two seeds can agree to the last digit by chance; below this difference of accuracies we never speak of a lead.
+_SMALLEST_LEAD = 0.002
+
+TIE_RULE = (
+    "Two arms tie when zero lies within the 95 % confidence interval of the difference of their means "
+    "(Student's t over seeds, pooled variance), or when the means differ by less than 0.2 points."
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Figures of one arm at one keep ratio.
+
+    ``values`` are the finite ones, by seed; ``lost`` counts runs whose figure was not finite.
+    """
+
+    values: tuple[float, ...]
+    lost: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over seeds; None without any finite value."""
+        return fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None below two values."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Split ``values`` into the finite ones and a count of the others."""
+    finite = tuple(value for value in values if math.isfinite(value))
+    return Spread(finite, len(values) - len(finite))
+
+
+def keep_ratios(experiment: Experiment) -> list[str]:
+    """Return the keep ratios that any run was evaluated at, as the records write them, largest first."""
+    return sorted({ratio for run in experiment.runs for ratio in run.accuracy}, key=float, reverse=True)
+
+
+def accuracy(experiment: Experiment, arm: str, keep_ratio: str) -> Spread:
+    """Return test accuracy, 0..1, of an arm's runs at a keep ratio. Runs not evaluated there do not count."""
+    return spread([run.accuracy[keep_ratio] for run in experiment.runs_of(arm) if keep_ratio in run.accuracy])
+
+
+def bound_share(experiment: Experiment, arm: str) -> Spread:
+    """Return the share of updates, 0..1, in which the gate zeroed something."""
+    return spread([run.bound_share for run in experiment.runs_of(arm)])
+
+
+def seed_count(experiment: Experiment) -> int:
+    """Return the number of seeds of the arm that has fewest finished runs, arms without any left out."""
+    counts = [len(experiment.runs_of(arm.name)) for arm in experiment.arms]
+    return min((count for count in counts if count), default=0)
+
+
+def reference_arm(experiment: Experiment) -> Arm | None:
+    """Return the arm that others are compared with: the one whose strategy is ``dense``, or is called that."""
+    for arm in experiment.arms:
+        cycle = arm.policy.get("cycle")
+        strategy = cycle.get("strategy") if isinstance(cycle, dict) else None
+        if arm.name == "dense" or (isinstance(strategy, dict) and strategy.get("kind") == "dense"):
+            return arm
+    return None
+
+
+def tie(a: Spread, b: Spread) -> bool:
+    """Whether seeds do not tell ``a`` from ``b``, by ``TIE_RULE``. True when either has fewer than two values."""
+    n, m = len(a.values), len(b.values)
+    if n < 2 or m < 2:
+        return True
+    freedom = n + m - 2
+    pooled = ((n - 1) * variance(a.values) + (m - 1) * variance(b.values)) / freedom
+    half_width = _T95[min(freedom, len(_T95)) - 1] * math.sqrt(pooled * (1 / n + 1 / m))
+    return abs(fmean(a.values) - fmean(b.values)) <= max(half_width, _SMALLEST_LEAD)
+
+
+def percent(value: float | None) -> str:
+    """Write an accuracy or share as percent, to a tenth; a dash for None."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def percent_spread(figures: Spread) -> str:
+    """Write mean and standard deviation in percent, and how many runs gave no number."""
+    if figures.mean is None:
+        return f"– ({figures.lost} without a number)" if figures.lost else "–"
+    text = f"{100 * figures.mean:.1f}"
+    if figures.deviation is not None:
+        text += f" ± {100 * figures.deviation:.1f}"
+    return text + (f" ({figures.lost} without a number)" if figures.lost else "")
+
+
+def budget(keep_ratio: str) -> str:
+    """Name a keep ratio in words: ``full budget`` or ``keep ratio 0.2``."""
+    return "full budget" if float(keep_ratio) == 1.0 else f"keep ratio {float(keep_ratio):g}"
