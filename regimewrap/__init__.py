@@ -1,5 +1,28 @@
-"""Train one PyTorch network across many activation budgets."""
+"""Train one PyTorch network across many activation budgets.
+
+``wrap`` puts one shared top-k gate behind the chosen activations of a model, ``RegimeCycler`` moves its keep ratio from
+the training loop, ``sweep`` shows what the network can do at each budget, and ``unwrap`` leaves nothing behind.
+"""
 
 from regimewrap._version import __version__
+from regimewrap.errors import RegimewrapError
+from regimewrap.gate import TopKGate, at_keep_ratio, gate_of
+from regimewrap.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
+from regimewrap.verify import verify
+from regimewrap.wrap import plan, unwrap, wrap
 
-__all__ = ["__version__"]
+__all__ = [
+    "CyclePolicy",
+    "GatePolicy",
+    "RegimePolicy",
+    "RegimewrapError",
+    "SitePolicy",
+    "TopKGate",
+    "__version__",
+    "at_keep_ratio",
+    "gate_of",
+    "plan",
+    "unwrap",
+    "verify",
+    "wrap",
+]

@@ -1,0 +1,226 @@
+"""The shared gate: one keep ratio for every gated activation of a model.
+
+``TopKGate`` is a handle, not a module: it adds nothing to ``state_dict``, ``named_modules`` or ``parameters``, and it
+is found again through the model it belongs to. How it gets behind an activation is the business of ``rewrite``; which
+units survive is the business of ``topk``.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regimewrap.errors import NotWrappedError, SelectionError, WrapError
+from regimewrap.policy import RegimePolicy, require_ratio
+from regimewrap.topk.op import topk_gate
+
+#: The attribute of a wrapped model's ``__dict__`` that holds its gate.
+GATE_ATTRIBUTE = "_regimewrap"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where an activation's output is gated.
+
+    ``name`` is the dotted name of an activation module, or of a module followed by the method and the function called
+    in it. ``kind`` is the family of the activation, ``multiplier`` scales the shared keep ratio here, ``channel_dim``
+    is the dimension that position scope selects over (``None``: 1 for images and volumes, else the last).
+    """
+
+    name: str
+    kind: str
+    multiplier: float = 1.0
+    channel_dim: int | None = None
+
+
+#: Called at each gated site with the site, the activation's output, and what the gate made of it.
+Observer = Callable[[Site, Tensor, Tensor], None]
+
+
+class TopKGate:
+    """The keep ratio that all gated activations of one model share, and the rule by which they select.
+
+    Attributes:
+        policy: the ``RegimePolicy`` the model was wrapped with.
+        keep_ratio: 0-d float64 tensor on the CPU, in (0, 1]. It stays on the host on purpose: reading it never waits
+            for a device, and a compiled graph takes it as an input instead of baking it in. Change it with
+            ``set_keep_ratio``, between a backward pass and the next forward pass.
+        sites: every gated ``Site``, in the order of the plan.
+        observers: called at each site of each forward pass; empty unless somebody watches.
+    """
+
+    def __init__(self, policy: RegimePolicy | None = None) -> None:
+        self.policy = policy if policy is not None else RegimePolicy()
+        self.keep_ratio = torch.ones((), dtype=torch.float64)
+        self.sites: tuple[Site, ...] = ()
+        self.observers: list[Observer] = []
+        self._root: weakref.ref[nn.Module] | None = None
+        # True inside at_keep_ratio: the ratio then holds in eval mode too.
+        self._forced = False
+        rule = self.policy.gate
+        self._rule: dict[str, Any] = {
+            "scope": rule.scope,
+            "score": rule.score,
+            "relative_to": rule.relative_to,
+            "ties": rule.ties,
+            "gradient": rule.gradient,
+        }
+        self._min_units = self.policy.sites.min_units
+        self._eval_ratio = (
+            None
+            if rule.eval_keep_ratio == "current"
+            else torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
+        )
+        self._dense_in_eval = rule.eval_keep_ratio == 1.0
+
+    def set_keep_ratio(self, keep_ratio: float) -> None:
+        """Set the share of units kept at every site.
+
+        Args:
+            keep_ratio: a fraction in (0, 1]; 1 makes the model bit for bit its dense self.
+
+        Raises:
+            PolicyError: the ratio is outside (0, 1] or not a number.
+        """
+        self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
+
+    def __call__(self, x: Tensor, site: Site, training: bool) -> Tensor:
+        """Gate one activation's output.
+
+        Args:
+            x: floating point, any shape; the first dimension counts samples.
+            site: where we are.
+            training: the mode of the module that owns the site.
+
+        Returns:
+            Shape, dtype, device and memory format of ``x``.
+        """
+        y = self._select(x, site, training)
+        for observe in self.observers:
+            observe(site, x, y)
+        return y
+
+    def _select(self, x: Tensor, site: Site, training: bool) -> Tensor:
+        ratio = self.keep_ratio
+        if not training and not self._forced:
+            if self._dense_in_eval:
+                return x
+            if self._eval_ratio is not None:
+                ratio = self._eval_ratio
+        if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
+            return x
+        channel_dim = site.channel_dim
+        if channel_dim is None:
+            channel_dim = 1 if x.dim() in (4, 5) else -1
+        try:
+            return topk_gate(x, ratio, channel_dim=channel_dim, multiplier=site.multiplier, **self._rule)
+        except SelectionError as error:
+            raise SelectionError(f"{site.name}: {error}") from None
+
+    def anchor(self, root: nn.Module) -> None:
+        """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
+        self._root = weakref.ref(root)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TopKGate:
+        root = self._root() if self._root is not None else None
+        if root is not None and id(root) not in memo:
+            # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
+            return self
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.keep_ratio = self.keep_ratio.clone()
+        twin.observers = []
+        if root is not None:
+            twin.anchor(memo[id(root)])
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither a weak reference nor somebody's observer belongs in a file.
+        return {**self.__dict__, "_root": None, "observers": []}
+
+    def __repr__(self) -> str:
+        return f"TopKGate(keep_ratio={float(self.keep_ratio):g}, scope={self.policy.gate.scope!r}, sites={len(self.sites)})"
+
+
+class SiteGate:
+    """The shared gate as seen from one site: what hooks and rewritten methods call."""
+
+    def __init__(self, gate: TopKGate, site: Site) -> None:
+        self.gate = gate
+        self.site = site
+
+    def __call__(self, x: Tensor, training: bool) -> Tensor:
+        """Gate ``x``; see ``TopKGate.__call__``."""
+        return self.gate(x, self.site, training)
+
+
+def find_gate(model: nn.Module) -> TopKGate | None:
+    """Return the gate of a wrapped model or of a wrapper around one; ``None`` if there is none.
+
+    Raises:
+        WrapError: several wrapped models are inside ``model``.
+    """
+    homes = [module for module in model.modules() if GATE_ATTRIBUTE in module.__dict__]
+    gates = {id(home.__dict__[GATE_ATTRIBUTE]): home for home in homes}
+    if len(gates) > 1:
+        kinds = ", ".join(type(home).__name__ for home in homes)
+        raise WrapError(f"{len(gates)} separately wrapped models are inside this one ({kinds}); pass one of them.")
+    for home in gates.values():
+        gate: TopKGate = home.__dict__[GATE_ATTRIBUTE]
+        if gate._root is None:  # it came out of a file
+            gate.anchor(home)
+        return gate
+    return None
+
+
+def gate_of(model: nn.Module) -> TopKGate:
+    """Return the one gate that a wrapped model's activations share.
+
+    Args:
+        model: a wrapped model, or DDP, ``torch.compile`` or any other module around one.
+
+    Raises:
+        NotWrappedError: there is no wrapped model in it.
+        WrapError: there are several.
+    """
+    if not isinstance(model, nn.Module):
+        raise NotWrappedError(f"expected a wrapped torch.nn.Module; got {type(model).__name__}.")
+    gate = find_gate(model)
+    if gate is None:
+        raise NotWrappedError(
+            f"{type(model).__name__} is not wrapped; call regimewrap.wrap(model) first (and keep using that model)."
+        )
+    return gate
+
+
+@contextmanager
+def at_keep_ratio(model: nn.Module, keep_ratio: float) -> Iterator[TopKGate]:
+    """Run a wrapped model at any budget, in train or eval mode, whatever ``eval_keep_ratio`` says.
+
+    Args:
+        model: a wrapped model.
+        keep_ratio: a fraction in (0, 1].
+
+    Yields:
+        The gate. The ratio that was in force comes back on the way out, also after an exception.
+
+    Raises:
+        NotWrappedError: the model is not wrapped.
+        PolicyError: the ratio is outside (0, 1].
+    """
+    gate = gate_of(model)
+    before, forced = float(gate.keep_ratio), gate._forced
+    gate.set_keep_ratio(keep_ratio)
+    gate._forced = True
+    try:
+        yield gate
+    finally:
+        gate.set_keep_ratio(before)
+        gate._forced = forced

@@ -1,0 +1,95 @@
+"""Give one object new versions of some of its methods, in a way that copies, pickles and comes off again.
+
+The object gets a subclass of its class, with the same name, whose dictionary holds the new methods. Compared with
+methods on the instance, a subclass keeps ``super()``, ``DataParallel`` replicas, deep copies and wrappers that look at
+the class working. A method's new code is described by a ``Recipe``, a small picklable value, so that a fresh process
+can build it again.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from regimewrap.gate import SiteGate
+
+#: How rewritten code calls the gate: ``self._regimewrap_gate(value, index)``.
+GATE_METHOD = "_regimewrap_gate"
+_SITES = "_regimewrap_sites"
+_BASE = "_regimewrap_base"
+_RECIPES = "_regimewrap_recipes"
+
+
+class Recipe(Protocol):
+    """How to build one method's new code; hashable and picklable."""
+
+    def build(self, original: types.FunctionType) -> types.FunctionType:
+        """Return the new function for ``original``."""
+        ...
+
+
+def rebind(module: nn.Module, recipes: Mapping[str, Recipe], gates: tuple[SiteGate, ...]) -> None:
+    """Bind new versions of some methods to ``module``.
+
+    Args:
+        module: the object; only its class and two private entries of its ``__dict__`` change.
+        recipes: method name to recipe.
+        gates: the site gates that the new code calls by index.
+    """
+    subclass = _subclass(type(module), tuple(sorted(recipes.items())))
+    module.__dict__[_SITES] = gates
+    module.__class__ = subclass
+
+
+def release(module: nn.Module) -> None:
+    """Give ``module`` its own class back."""
+    base = type(module).__dict__.get(_BASE)
+    if base is not None:
+        module.__class__ = base
+    module.__dict__.pop(_SITES, None)
+
+
+def is_rebound(module: nn.Module) -> bool:
+    """Say whether ``module`` has rewritten methods."""
+    return _BASE in type(module).__dict__
+
+
+def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
+    gate: SiteGate = self.__dict__[_SITES][index]
+    return gate(value, self.training)
+
+
+@functools.lru_cache(maxsize=1024)
+def _subclass(cls: type[nn.Module], recipes: tuple[tuple[str, Recipe], ...]) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        _BASE: cls,
+        _RECIPES: recipes,
+        GATE_METHOD: _gate,
+    }
+    for name, recipe in recipes:
+        original = cast(types.FunctionType, getattr(cls, name))
+        namespace[name] = functools.update_wrapper(recipe.build(original), original)
+    return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(namespace))
+
+
+def _reduce_ex(self: nn.Module, protocol: int) -> Any:
+    cls = next(each for each in type(self).__mro__ if _BASE in each.__dict__)
+    reduced = super(cls, self).__reduce_ex__(protocol)
+    # Only our own subclass cannot be found by name; one that somebody put on top (FSDP does) is theirs to pickle.
+    if type(self) is not cls or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return reduced
+    return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_RECIPES], *reduced[1][1:]), *reduced[2:])
+
+
+def _rebuild(base: type[nn.Module], recipes: tuple[tuple[str, Recipe], ...], *arguments: Any) -> nn.Module:
+    subclass = _subclass(base, recipes)
+    return subclass.__new__(subclass, *arguments)

@@ -1,0 +1,172 @@
+"""What counts as an activation: the families, and how a module, a function or a method name maps to one.
+
+Knows names and torch's own objects only. It imports no other library: activations that timm, transformers or the user
+define are recognised by the name of their class or function.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu",
+    nn.LeakyReLU: "relu",
+    nn.RReLU: "relu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Mish: "mish",
+    nn.ELU: "elu",
+    nn.SELU: "elu",
+    nn.CELU: "elu",
+    nn.PReLU: "prelu",
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "sigmoid",
+    nn.LogSigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.Hardtanh: "tanh",
+    nn.Softmax: "softmax",
+    nn.Softmax2d: "softmax",
+    nn.LogSoftmax: "softmax",
+    nn.Softmin: "softmax",
+    nn.Softplus: "softplus",
+    nn.GLU: "glu",
+}
+
+FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu",
+    F.leaky_relu: "relu",
+    F.leaky_relu_: "relu",
+    F.rrelu: "relu",
+    F.rrelu_: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.mish: "mish",
+    F.elu: "elu",
+    F.elu_: "elu",
+    F.selu: "elu",
+    F.selu_: "elu",
+    torch.selu: "elu",
+    torch.selu_: "elu",
+    F.celu: "elu",
+    F.celu_: "elu",
+    torch.celu: "elu",
+    torch.celu_: "elu",
+    torch.rrelu: "relu",
+    torch.rrelu_: "relu",
+    F.prelu: "prelu",
+    torch.prelu: "prelu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.hardsigmoid: "sigmoid",
+    F.logsigmoid: "sigmoid",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.hardtanh: "tanh",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    F.log_softmax: "softmax",
+    torch.log_softmax: "softmax",
+    F.softplus: "softplus",
+    F.glu: "glu",
+}
+
+TENSOR_METHODS: dict[str, str] = {
+    "relu": "relu",
+    "relu_": "relu",
+    "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+    "tanh": "tanh",
+    "tanh_": "tanh",
+    "softmax": "softmax",
+    "log_softmax": "softmax",
+}
+
+# Names that other libraries and users give to the same families, in lower case without underscores.
+NAMES: dict[str, str] = {
+    "relu": "relu",
+    "relu6": "relu",
+    "leakyrelu": "relu",
+    "relu2": "relu",
+    "squaredrelu": "relu",
+    "relusquared": "relu",
+    "gelu": "gelu",
+    "gelunew": "gelu",
+    "newgelu": "gelu",
+    "fastgelu": "gelu",
+    "gelufast": "gelu",
+    "quickgelu": "gelu",
+    "geluquick": "gelu",
+    "gelutanh": "gelu",
+    "gelupytorchtanh": "gelu",
+    "clippedgelu": "gelu",
+    "accurategelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "hardswish": "hardswish",
+    "hswish": "hardswish",
+    "mish": "mish",
+    "hardmish": "mish",
+    "elu": "elu",
+    "selu": "elu",
+    "celu": "elu",
+    "xielu": "elu",
+    "prelu": "prelu",
+    "sigmoid": "sigmoid",
+    "hardsigmoid": "sigmoid",
+    "hsigmoid": "sigmoid",
+    "tanh": "tanh",
+    "hardtanh": "tanh",
+    "softmax": "softmax",
+    "logsoftmax": "softmax",
+    "logsigmoid": "sigmoid",
+    "softplus": "softplus",
+    "glu": "glu",
+    "laplace": "laplace",
+}
+
+#: Every kind the catalog knows, for messages and suggestions.
+KINDS: tuple[str, ...] = tuple(dict.fromkeys([*MODULES.values(), *FUNCTIONS.values(), *NAMES.values()]))
+
+
+def kind_of_name(name: str) -> str | None:
+    """Return the family that a class or function name points to, or ``None``."""
+    # NewGELUActivation, SwishMe, h_swish, gelu_python
+    plain = re.sub(r"(Activation|Me|Jit|_python|_module)$", "", name).replace("_", "").lower()
+    return NAMES.get(plain)
+
+
+def kind_of_module(module: nn.Module) -> str | None:
+    """Return the family of an activation module, or ``None`` for any other module."""
+    for cls in type(module).__mro__:
+        if cls in MODULES:
+            return MODULES[cls]
+    if next(module.children(), None) is not None:
+        return None
+    kind = kind_of_name(type(module).__name__)
+    return kind if kind == "prelu" or next(module.parameters(), None) is None else None
+
+
+def kind_of_function(function: Any) -> str | None:
+    """Return the family of an activation function (``functools.partial`` looked through), or ``None``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    try:
+        kind = FUNCTIONS.get(function)
+    except TypeError:  # unhashable
+        return None
+    if kind is None and callable(function) and not isinstance(function, type | nn.Module):
+        kind = kind_of_name(getattr(function, "__name__", ""))
+    return kind

@@ -1,0 +1,76 @@
+"""The plan: what a policy makes of a model's activations, as a value that can be printed before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from regimewrap.gate import Site
+from regimewrap.sites.finder import Activation
+
+Mechanism = Literal["hook", "graph", "source"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One activation and what becomes of it.
+
+    Attributes:
+        activation: what was found.
+        mechanism: how it is reached; ``None`` if no mechanism can, or none was needed.
+        selected: whether the policy wants it gated.
+        why: the reason for either, in words.
+        site: its place under the gate, if it will be gated.
+    """
+
+    activation: Activation
+    mechanism: Mechanism | None
+    selected: bool
+    why: str
+    site: Site | None = None
+
+    @property
+    def name(self) -> str:
+        """The dotted name."""
+        return self.activation.name
+
+    @property
+    def gated(self) -> bool:
+        """Whether it will be gated: wanted and reached."""
+        return self.site is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every activation of a model, a row each; iterable, printable, and without effect."""
+
+    model: str
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def gated(self) -> tuple[Row, ...]:
+        """The rows that will be gated."""
+        return tuple(row for row in self.rows if row.gated)
+
+    @property
+    def unreachable(self) -> tuple[Row, ...]:
+        """The rows that the policy selects and no mechanism can gate soundly."""
+        return tuple(row for row in self.rows if row.selected and not row.gated)
+
+    def __str__(self) -> str:
+        head = f"{self.model}: {len(self.gated)} of {len(self.rows)} activations gated"
+        table = [("site", "activation", "mechanism", "gated", "why")]
+        table += [
+            (row.name, row.activation.label, row.mechanism or "-", "yes" if row.gated else "no", row.why)
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]) for line in table]
+        return "\n".join([head, *(line.rstrip() for line in lines)])
