@@ -7,6 +7,7 @@ are Okabe and Ito's, which stay apart for colour-blind readers; line styles and 
 from __future__ import annotations
 
 import io
+import math
 from typing import TYPE_CHECKING, Any
 
 from regimewrap.errors import MissingExtraError
@@ -55,7 +56,7 @@ def accuracy_by_budget(experiment: Experiment) -> bytes | None:
         axes.errorbar(
             [x for x, _ in points],
             [100 * (figures.mean or 0.0) for _, figures in points],
-            yerr=[100 * (figures.deviation or 0.0) for _, figures in points],
+            yerr=[100 * (figures.deviation or math.nan) for _, figures in points],
             color=colour,
             marker=marker,
             ms=6,
@@ -120,7 +121,7 @@ def time_bound(experiment: Experiment) -> bytes | None:
         )
         axes.text(100 * max(*share.values, mean) + 1.5, row, percent(mean), va="center", color=_INK)
     axes.set_yticks(range(len(shares)), [arm.name for arm, _ in shares])
-    axes.invert_yaxis()
+    axes.set_ylim(len(shares) - 0.4, -0.6)  # the first arm on top
     axes.set_xlim(0, 112)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_xlabel("share of updates in which the gate bound at one site or more, % (dots: seeds)")
@@ -134,8 +135,9 @@ def _draw_trace(axes: Axes, runs: list[Run], colour: str) -> None:
     for run in runs[1:]:
         _draw_steps(axes, run.trace, color=colour, lw=0.8, alpha=0.3)
     trace = runs[0].trace
-    steps = [point.step for point in trace]
-    axes.fill_between(steps, [p.bound for p in trace], step="pre", color=_FAINT, lw=0, zorder=0)
+    axes.fill_between(
+        _steps(trace), [trace[0].bound, *(p.bound for p in trace)], step="pre", color=_FAINT, lw=0, zorder=0
+    )
     _draw_steps(axes, trace, color=colour, lw=1.8)
     for event, marker in (("reset", "v"), ("relax", "o")):
         marked = [p for p in trace if p.event == event]
@@ -145,8 +147,13 @@ def _draw_trace(axes: Axes, runs: list[Run], colour: str) -> None:
 
 
 def _draw_steps(axes: Axes, trace: list[TracePoint], **style: Any) -> None:
-    # A point holds the ratio of the updates that led up to it.
-    axes.plot([p.step for p in trace], [p.keep_ratio for p in trace], drawstyle="steps-pre", **style)
+    ratios = [trace[0].keep_ratio, *(p.keep_ratio for p in trace)]
+    axes.plot(_steps(trace), ratios, drawstyle="steps-pre", **style)
+
+
+def _steps(trace: list[TracePoint]) -> list[int]:
+    """Return where each stretch of updates ends, and first where the run began: a point tells of what led up to it."""
+    return [0, *(point.step for point in trace)]
 
 
 def _trace_legend() -> list[object]:
