@@ -1,0 +1,163 @@
+"""The contract with torch: schema, fake kernel, derivatives, compilation, and no peeking at devices."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from regimewrap.topk.op import topk_gate
+from regimewrap.topk.reference import kept
+
+SCOPES = ["sample", "position", "batch"]
+# opcheck itself looks at .grad of tensors that are no leaves.
+opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+def ratio(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@opcheck_warns
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ties", ["keep", "exact"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_opcheck_finds_nothing(scope, ties, memory_format):
+    x = torch.randn(2, 3, 5, 4).to(memory_format=memory_format)
+    for requires_grad in (False, True):
+        x = x.detach().requires_grad_(requires_grad)
+        arguments = (x, ratio(0.3), scope, 1, "magnitude", "all", ties, 1.0, requires_grad)
+        torch.library.opcheck(torch.ops.regimewrap.topk_gate.default, arguments)
+
+
+@opcheck_warns
+def test_opcheck_finds_nothing_in_the_gradient():
+    grad = torch.randn(2, 3, 5, 4, requires_grad=True)
+    bits = torch.randint(0, 256, (15,), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.regimewrap.masked_gradient.default, (grad, bits, (60, 1, 12, 3)))
+
+
+@pytest.mark.parametrize("gradient", ["masked", "straight_through"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_graph_serves_a_hundred_keep_ratios_and_none_is_stale(backend, gradient):
+    torch._dynamo.reset()
+    counters.clear()
+    gate = torch.compile(
+        lambda x, r: topk_gate(x * 2, r, gradient=gradient), backend=backend, fullgraph=True, dynamic=False
+    )
+    keep_ratio = ratio(1.0)
+    for step in range(100):
+        keep_ratio.fill_(1.0 - step / 100)
+        x = torch.randn(3, 4, 5, requires_grad=True)
+
+        y = gate(x, keep_ratio)
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+
+        mask = kept(x, float(keep_ratio))
+        assert torch.equal(y, torch.where(mask, 2 * x, 0))
+        assert torch.equal(grad, 2 * (mask.float() if gradient == "masked" else torch.ones_like(x)))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_dynamic_shapes_compile_to_one_graph():
+    torch._dynamo.reset()
+    gate = torch.compile(lambda x, r: topk_gate(x, r), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.compiler.set_stance("default"):
+        gate(torch.randn(3, 4, 5, 6, requires_grad=True), ratio(0.5)).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for shape in ((2, 4, 7, 5), (5, 3, 4, 9)):
+            x = torch.randn(shape, requires_grad=True)
+            y = gate(x, ratio(0.25))
+            y.sum().backward()
+            assert torch.equal(x.grad != 0, kept(x, 0.25))
+
+
+def test_export_keeps_the_keep_ratio_an_input():
+    class Gate(torch.nn.Module):
+        def forward(self, x, keep_ratio):
+            return topk_gate(x, keep_ratio)
+
+    x = torch.randn(2, 10)
+    program = torch.export.export(Gate(), (x, ratio(1.0))).module()
+
+    assert torch.equal(program(x, ratio(0.2)), torch.where(kept(x, 0.2), x, 0))
+
+
+def test_a_trace_taken_at_full_budget_still_gates():
+    x = torch.randn(2, 10)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, r: topk_gate(x, r))(x, ratio(1.0))
+
+    assert torch.equal(traced(x, ratio(0.2)), torch.where(kept(x, 0.2), x, 0))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_shape_and_strides_are_known_without_data(scope):
+    x = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
+    assert topk_gate(x, ratio(0.5), scope=scope).stride() == x.stride()
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        assert topk_gate(x, ratio(0.5), scope=scope).stride() == x.stride()
+
+
+def test_first_and_second_derivatives_are_right():
+    x = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        return topk_gate(x, ratio(0.4)) ** 3
+
+    assert torch.autograd.gradcheck(function, (x,))
+    assert torch.autograd.gradgradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_selects_the_same_units(use_reentrant):
+    x = torch.randn(4, 50, requires_grad=True)
+    keep_ratio = ratio(0.2)
+
+    direct = torch.autograd.grad((topk_gate(x.sin(), keep_ratio) ** 2).sum(), x)[0]
+    again = checkpoint(lambda x: (topk_gate(x.sin(), keep_ratio) ** 2).sum(), x, use_reentrant=use_reentrant)
+
+    if use_reentrant:
+        again.backward()
+        assert torch.equal(x.grad, direct)
+    else:
+        assert torch.equal(torch.autograd.grad(again, x)[0], direct)
+
+
+def test_autocast_leaves_the_dtype_alone():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert topk_gate(torch.randn(2, 8, dtype=dtype), ratio(0.5)).dtype == dtype
+
+
+def test_an_unneeded_gradient_saves_nothing():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x = torch.randn(4, 64, requires_grad=True)
+        topk_gate(x, ratio(0.5), gradient="straight_through")
+        assert not saved
+        topk_gate(x, ratio(0.5))
+    assert [(t.dtype, t.numel()) for t in saved] == [(torch.uint8, 32)]
+
+
+def test_a_graph_holding_the_gate_can_be_copied():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keep_ratio = ratio(0.5)
+
+        def forward(self, x):
+            return topk_gate(x, self.keep_ratio)
+
+    net = Net()
+    twin = copy.deepcopy(net)
+    twin.keep_ratio.fill_(0.1)
+    x = torch.randn(2, 10)
+
+    assert int((net(x) != 0).sum()) == 10
+    assert int((twin(x) != 0).sum()) == 2
