@@ -35,6 +35,7 @@ _PLAIN_ERRORS = {
     "less_than",
     "less_than_equal",
     "literal_error",
+    "string_too_short",
     "too_short",
 }
 _TYPES = {"array": "a list", "boolean": "true or false", "null": "nothing", "object": "a mapping", "string": "text"}
@@ -184,7 +185,8 @@ def _line(problem: Mapping[str, Any], root: dict[str, Any], title: str) -> str:
         if "tag" not in context:
             return f"{name} is missing; expected one of {', '.join(kinds)}."
         tag = context["tag"]
-        return f"{name} must be one of {', '.join(kinds)}; got {shown(tag)}.{nearest(tag, kinds)}"
+        mend = " Register its class first." if isinstance(value, Settings) else nearest(tag, kinds)
+        return f"{name} must be one of {', '.join(kinds)}; got {shown(tag)}.{mend}"
     if kind in ("value_error", "assertion_error"):
         return f"{name}: {context['error']}" if name else str(context["error"])
     if not node or not (kind in _PLAIN_ERRORS or kind.endswith(("_type", "_parsing"))):
@@ -204,7 +206,7 @@ def _locate(root: dict[str, Any], where: Iterable[int | str]) -> tuple[list[str]
             node = _resolved(root, {"$ref": tags[step]})
         elif "anyOf" in node:  # the branch of a union: the whole union says better what was expected
             break
-        else:
+        elif step != "[key]":  # pydantic's mark for a mistake in a name, not in what the name stands for
             path.append(str(step))
             inner = node.get("properties", {}).get(step) or node.get("items") or node.get("additionalProperties")
             node, parent = _resolved(root, inner if isinstance(inner, dict) else {}), node
@@ -247,10 +249,10 @@ def _expected(root: dict[str, Any], node: dict[str, Any]) -> str:
     if kind in ("number", "integer"):
         return _expected_number(node, _is_fraction(root, node))
     if kind == "array" and "items" in node:
-        return f"a list of {_expected(root, node['items'])}".replace("a list of text", "a list of names")
+        return f"a list, each {_expected(root, node['items'])}"
     if "properties" in node:
         return f"a mapping of settings ({', '.join(node['properties'])})"
-    return _TYPES.get(kind, kind)
+    return _TYPES.get(kind, kind) + (", not empty" if node.get("minLength") == 1 else "")
 
 
 def _expected_number(node: dict[str, Any], fraction: bool) -> str:

@@ -1,0 +1,165 @@
+"""What a cycler remembers, as values: decisions, running state, and the form in which both are saved.
+
+No arithmetic and no gates here: ``cycler`` makes these values, this room checks those that come back from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from regimewrap.errors import StateError
+from regimewrap.settings import shown
+from regimewrap.strategies import Event  # noqa: TC001 - pydantic looks it up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from regimewrap.policy import CyclePolicy
+
+Phase = Literal["dense", "compress", "recover"]
+
+# Larger signals count as not finite, so that no sum or difference of them overflows.
+LARGEST = 1e300
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+_Ratio = Annotated[float, Field(gt=0, le=1)]
+_Signal = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+_Tally = Annotated[int, Field(ge=0)]
+
+
+class Regime(NamedTuple):
+    """What is in force after a step.
+
+    Attributes:
+        keep_ratio: for the next forward pass, in (0, 1].
+        phase: ``dense`` at the start, ``compress`` once the ratio was lowered (or starts below 1), ``recover`` once
+            budget was given back; holding changes nothing.
+        cycle: how often the ratio really was raised.
+        event: what was decided in this step; ``None`` when no decision was due.
+    """
+
+    keep_ratio: float
+    phase: Phase
+    cycle: int
+    event: Event | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision, as kept in ``RegimeCycler.history``.
+
+    Attributes:
+        step: optimizer updates made so far, this decision's included.
+        keep_ratio: after the decision.
+        signal: smoothed, mean over ranks; ``None`` if no finite value came since the last decision, or none is needed.
+        best: the best ``signal`` so far.
+        phase: after the decision.
+        event: what was decided.
+        cycle: how often the ratio really was raised.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    step: _Tally
+    keep_ratio: _Ratio
+    signal: _Signal | None
+    best: _Signal | None
+    phase: Phase
+    event: Event
+    cycle: _Tally
+
+
+@dataclass(frozen=True)
+class State:
+    """What has to be remembered from one decision to the next."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    keep_ratio: _Ratio
+    phase: Phase
+    cycle: _Tally = 0
+    last_raise: _Tally | None = None  # the number of the decision that last reset or relaxed
+    held: _Tally = 0
+    skipped: _Tally = 0
+    smoothed: _Signal | None = None
+    first: _Signal | None = None
+    best: _Signal | None = None
+
+    @classmethod
+    def at_start(cls, policy: CyclePolicy) -> Self:
+        """Return the state before the first decision."""
+        keep_ratio = policy.strategy.initial_keep_ratio
+        return cls(keep_ratio, "dense" if keep_ratio == 1 else "compress")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved cycler, as it is checked when it comes back."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    version: Literal[1]
+    policy: dict[str, Any]
+    updates: _Tally
+    pending: list[float | None]
+    state: State
+    history: list[Decision]
+
+
+SAVED = TypeAdapter(Saved)
+
+
+def restored(state: object, policy: CyclePolicy) -> Saved:
+    """Return a saved state that is whole and belongs to ``policy``, or raise a ``StateError``."""
+    if not isinstance(state, dict) or "version" not in state or not isinstance(state.get("policy"), dict):
+        raise StateError(f"expected a state from RegimeCycler.state_dict; got {shown(state)}.")
+    if state["version"] != 1:
+        raise StateError(f"the state has version {shown(state['version'])}; this regimewrap reads version 1.")
+    here = policy.model_dump(mode="json")
+    if state["policy"] != here:
+        raise StateError(
+            f"the state belongs to another policy: {'; '.join(_differences(state['policy'], here, 'cycle'))}. "
+            "Build the cycler with the policy the state was saved under, or start without the state."
+        )
+    try:
+        # Through JSON, where strictness means that nothing is taken for another type.
+        saved = SAVED.validate_json(json.dumps(state, allow_nan=False), strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise StateError(f"the state is damaged: {where}: {problem['msg']}.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StateError(f"the state is damaged: expected plain JSON types; {error}.") from None
+    for complaint in _contradictions(saved, policy):
+        raise StateError(f"the state is damaged: {complaint}.")
+    return saved
+
+
+def _differences(saved: Any, here: Any, path: str) -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(here, dict):
+        for name in dict.fromkeys([*saved, *here]):
+            yield from _differences(saved.get(name), here.get(name), f"{path}.{name}")
+    elif saved != here:
+        yield f"{path} is {shown(saved)} in the state and {shown(here)} here"
+
+
+def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:
+    decisions, waiting = divmod(saved.updates, policy.every)
+    waiting = waiting if policy.strategy.needs_signal else 0
+    if len(saved.history) != decisions:
+        yield f"{saved.updates} updates make {decisions} decisions, its history has {len(saved.history)}"
+    if len(saved.pending) != waiting:
+        yield f"{waiting} values wait for the next decision after {saved.updates} updates, it has {len(saved.pending)}"
+    if any(record.step != number * policy.every for number, record in enumerate(saved.history, 1)):
+        yield f"its history is not one decision every {policy.every} updates"
+    state, last = saved.state, saved.history[-1] if saved.history else State.at_start(policy)
+    if any(getattr(state, name) != getattr(last, name) for name in ("keep_ratio", "phase", "cycle", "best")):
+        yield "its running state is not where its history ends"
+    if (state.last_raise or 0) > max(0, decisions - 1) or state.held > decisions or state.skipped > saved.updates:
+        yield "it counts more than has happened"
+    if len({state.smoothed is None, state.first is None, state.best is None}) > 1:
+        yield "of smoothed, first and best some are missing"
