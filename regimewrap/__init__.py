@@ -8,6 +8,7 @@ from regimewrap._version import __version__
 from regimewrap.errors import RegimewrapError
 from regimewrap.gate import TopKGate, at_keep_ratio, gate_of
 from regimewrap.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
+from regimewrap.telemetry import watch
 from regimewrap.verify import verify
 from regimewrap.wrap import plan, unwrap, wrap
 
@@ -24,5 +25,6 @@ __all__ = [
     "plan",
     "unwrap",
     "verify",
+    "watch",
     "wrap",
 ]

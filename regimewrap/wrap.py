@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +13,10 @@ from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError
 from regimewrap.gate import Site, TopKGate, find_gate
 from regimewrap.policy import RegimePolicy
 from regimewrap.rewrite import apply as rewriting
-from regimewrap.sites.calls import own_methods
+from regimewrap.rewrite.prepare import prepare
 from regimewrap.sites.choose import check_patterns, choose, multiplier
-from regimewrap.sites.finder import Activation, find
-from regimewrap.sites.plan import Mechanism, Plan, Row
-from regimewrap.sites.straight import why_not_straight
+from regimewrap.sites.finder import find
+from regimewrap.sites.plan import Plan, Row
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,14 +41,18 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None) -> Plan:
         raise AlreadyWrappedError(f"{type(root).__name__} is wrapped already; call regimewrap.unwrap(model) first.")
     found = find(root)
     check_patterns(policy.sites, [activation.name for activation in found])
-    rows: list[Row] = []
-    for (module, method), group in groupby(found, key=lambda each: (each.module, each.method)):
-        activations = list(group)
-        if method is None:
-            rows += [_row(each, "hook" if each.problem is None else None, each.problem, policy, root) for each in activations]
-        else:
-            rows += _method_rows(root.get_submodule(module), method, activations, policy, root)
-    return Plan(type(root).__name__, tuple(rows))
+    choices = [choose(policy.sites, activation, root) for activation in found]
+    prepared = prepare(root, [each for each, (wanted, _) in zip(found, choices, strict=True) if wanted], found)
+    rows = []
+    for activation, (wanted, why) in zip(found, choices, strict=True):
+        mechanism = prepared.mechanisms.get(activation.name)
+        site = None
+        if mechanism is not None:
+            dim = policy.gate.channel_dim
+            scale = multiplier(policy.sites, activation.name)
+            site = Site(activation.name, activation.kind, scale, None if dim == "auto" else dim)
+        rows.append(Row(activation, mechanism, wanted, prepared.problems.get(activation.name, why), site))
+    return Plan(type(root).__name__, tuple(rows), prepared.rebindings)
 
 
 def wrap(model: M, policy: RegimePolicy | None = None, *, strict: bool = True) -> M:
@@ -117,31 +119,6 @@ def unwrap(model: M) -> M:
     rewriting.undo(root)
     _forget_compiled(model)
     return model
-
-
-def _method_rows(
-    module: nn.Module, method: str, activations: list[Activation], policy: RegimePolicy, root: nn.Module
-) -> list[Row]:
-    rows = [_row(each, "graph" if each.problem is None else None, each.problem, policy, root) for each in activations]
-    if not any(row.gated for row in rows):
-        return rows
-    function = next(function for _, name, function in own_methods(module) if name == method)
-    reason = why_not_straight(function, module)
-    reason = f"{method} {reason}" if reason is not None else rewriting.why_not_graph(module, method, rows)
-    if reason is None:
-        return rows
-    return [_row(each, None, each.problem or f"not straight-line: {reason}", policy, root) for each in activations]
-
-
-def _row(
-    activation: Activation, mechanism: Mechanism | None, problem: str | None, policy: RegimePolicy, root: nn.Module
-) -> Row:
-    selected, why = choose(policy.sites, activation, root)
-    if not selected or mechanism is None:
-        return Row(activation, None, selected, problem or "no mechanism reaches it" if selected else why)
-    channel_dim = None if policy.gate.channel_dim == "auto" else policy.gate.channel_dim
-    site = Site(activation.name, activation.kind, multiplier(policy.sites, activation.name), channel_dim)
-    return Row(activation, mechanism, True, why, site)
 
 
 def _policy(policy: RegimePolicy | Mapping[str, Any] | None) -> RegimePolicy:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
-from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from regimewrap.gate import SiteGate
 GATE_METHOD = "_regimewrap_gate"
 _SITES = "_regimewrap_sites"
 _BASE = "_regimewrap_base"
-_RECIPES = "_regimewrap_recipes"
+_METHODS = "_regimewrap_methods"
 
 
 class Recipe(Protocol):
@@ -33,15 +34,24 @@ class Recipe(Protocol):
         ...
 
 
-def rebind(module: nn.Module, recipes: Mapping[str, Recipe], gates: tuple[SiteGate, ...]) -> None:
+@dataclass(frozen=True)
+class NewMethod:
+    """A method to be replaced: the class whose dictionary holds it, its name, and the recipe of its new code."""
+
+    owner: type
+    name: str
+    recipe: Recipe
+
+
+def rebind(module: nn.Module, methods: tuple[NewMethod, ...], gates: tuple[SiteGate, ...]) -> None:
     """Bind new versions of some methods to ``module``.
 
     Args:
-        module: the object; only its class and two private entries of its ``__dict__`` change.
-        recipes: method name to recipe.
+        module: the object; only its class and one private entry of its ``__dict__`` change.
+        methods: what to replace.
         gates: the site gates that the new code calls by index.
     """
-    subclass = _subclass(type(module), tuple(sorted(recipes.items())))
+    subclass = _subclass(type(module), methods)
     module.__dict__[_SITES] = gates
     module.__class__ = subclass
 
@@ -65,20 +75,31 @@ def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _subclass(cls: type[nn.Module], recipes: tuple[tuple[str, Recipe], ...]) -> type[nn.Module]:
+def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce_ex,
         _BASE: cls,
-        _RECIPES: recipes,
+        _METHODS: methods,
         GATE_METHOD: _gate,
     }
-    for name, recipe in recipes:
-        original = cast(types.FunctionType, getattr(cls, name))
-        namespace[name] = functools.update_wrapper(recipe.build(original), original)
-    return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(namespace))
+    below: dict[type, dict[str, Any]] = {}
+    for method in methods:
+        original: types.FunctionType = vars(method.owner)[method.name]
+        new = functools.update_wrapper(method.recipe.build(original), original)
+        if getattr(cls, method.name) is original:
+            namespace[method.name] = new
+        else:
+            below.setdefault(method.owner, {})[method.name] = new
+    # A method reached through super() goes into a class right below its own: (cls, twin) resolves to cls, twin, owner.
+    twins = [types.new_class(owner.__name__, (owner,), exec_body=_fill(new)) for owner, new in below.items()]
+    return types.new_class(cls.__name__, (cls, *twins), exec_body=_fill(namespace))
+
+
+def _fill(namespace: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda body: body.update(namespace)
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:
@@ -87,9 +108,9 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     # Only our own subclass cannot be found by name; one that somebody put on top (FSDP does) is theirs to pickle.
     if type(self) is not cls or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return reduced
-    return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_RECIPES], *reduced[1][1:]), *reduced[2:])
+    return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_METHODS], *reduced[1][1:]), *reduced[2:])
 
 
-def _rebuild(base: type[nn.Module], recipes: tuple[tuple[str, Recipe], ...], *arguments: Any) -> nn.Module:
-    subclass = _subclass(base, recipes)
+def _rebuild(base: type[nn.Module], methods: tuple[NewMethod, ...], *arguments: Any) -> nn.Module:
+    subclass = _subclass(base, methods)
     return subclass.__new__(subclass, *arguments)

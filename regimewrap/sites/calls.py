@@ -9,9 +9,8 @@ import ast
 import builtins
 import functools
 import inspect
-import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,44 +22,77 @@ from regimewrap.sites import catalog
 UNKNOWN = object()
 
 
+Span = tuple[int, int, int, int]
+
+#: The span of a call that only the compiled code shows, since there is no source to be read.
+NOWHERE: Span = (0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Call:
-    """One call of an activation function in a method, in the order of evaluation.
+    """One call of an activation function in a method.
 
-    ``text`` is the callee as written (``F.relu``), ``line`` and ``column`` are those of the call in the dedented source.
+    ``text`` is the callee as written (``F.relu``); ``span`` the call's first line, column, last line and column in the
+    method's source, whose first line is 1. ``dropped`` says that the method drops the result, which has an effect only
+    if the call works in place; ``target`` is then the local name that it works on, if that is certain.
     """
 
     text: str
     kind: str
-    line: int
-    column: int
+    span: Span
+    dropped: bool = False
+    target: str | None = None
 
     @property
     def short(self) -> str:
         """The last part of the callee's name."""
-        return self.text.rpartition(".")[2]
+        return self.text.rpartition(".")[2].partition("[")[0]
+
+
+def span_of(node: ast.expr | ast.stmt) -> Span:
+    """Return where a node stands."""
+    return node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0
+
+
+def body_of(function: types.FunctionType) -> types.FunctionType:
+    """Return the function that the user wrote, below its decorators."""
+    while isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
+        function = inner
+    return function
 
 
 @functools.lru_cache(maxsize=4096)
 def parse(function: types.FunctionType) -> ast.FunctionDef | None:
-    """Return a function's syntax tree (do not change it), or ``None`` when it has no readable source of its own."""
+    """Return a function's syntax tree (do not change it), or ``None`` when it has no readable source of its own.
+
+    Lines count from 1 at the first line of the source, decorators included; columns are those of the file.
+    """
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+        source = inspect.getsource(function.__code__)
+        # Indented code is not dedented, which would change its multi-line strings, but put into a block.
+        indented = source[:1] in " \t"
+        body = ast.parse(f"if 1:\n{source}" if indented else source).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
-    if len(tree.body) == 1 and isinstance(tree.body[0], ast.FunctionDef):
-        return tree.body[0]
-    return None  # a lambda, or several definitions on one line
+    if indented:
+        body = body[0].body  # type: ignore[attr-defined]
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
+        return None  # a lambda, or several definitions on one line
+    if indented:
+        ast.increment_lineno(body[0], -1)
+    return body[0]
 
 
-def own_methods(module: nn.Module) -> Iterator[tuple[type, str, types.FunctionType]]:
-    """Yield the methods of a module that its users wrote: defining class, name, function; overridden ones too."""
-    for cls in type(module).__mro__:
-        if cls.__module__.partition(".")[0] == "torch" or cls is object:
-            continue
-        for name, value in vars(cls).items():
-            if isinstance(value, types.FunctionType) and not name.startswith("_regimewrap"):
-                yield cls, name, value
+@functools.lru_cache(maxsize=4096)
+def own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
+    """Return the methods of a class that its users wrote: defining class, name, function; overridden ones too."""
+    return tuple(
+        (home, name, value)
+        for home in cls.__mro__
+        if home.__module__.partition(".")[0] != "torch" and home is not object
+        for name, value in vars(home).items()
+        if isinstance(value, types.FunctionType) and not name.startswith("_regimewrap")
+    )
 
 
 class Scope:
@@ -86,7 +118,7 @@ class Scope:
                 return _attribute(base, node.attr)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             base = self.value_of(node.value)
-            if isinstance(base, list | tuple | dict | nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            if type(base) in (list, tuple, dict, nn.ModuleList, nn.Sequential, nn.ModuleDict):
                 try:
                     return base[node.slice.value]  # type: ignore[index]
                 except (LookupError, TypeError):
@@ -121,61 +153,120 @@ def in_evaluation_order(node: ast.AST) -> Iterator[ast.AST]:
     yield node
 
 
-def find_calls(function: types.FunctionType, module: nn.Module) -> list[tuple[Call, ast.Call]]:
+def find_calls(function: types.FunctionType, module: nn.Module, registered: Set[int] = frozenset()) -> list[Call]:
     """Return the activation calls in one method's own code.
 
     Args:
         function: a method's function.
         module: an instance, so that ``self.act(x)`` can be looked up.
+        registered: ids of the modules that hooks reach; a call of any other activation module counts as a call here.
     """
-    if not _may_call(function, module):
+    function = body_of(function)
+    if not _names_activation(function) and not (held_activations(module) & _names(function.__code__)):
         return []
-    tree = parse(function)
-    if tree is None:
-        return []
+    if parse(function) is None:
+        kinds = {name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in _names(function.__code__)}
+        return [
+            Call(name, kind, NOWHERE) for name, kind in sorted(kinds.items()) if kind and name not in module._modules
+        ]
     scope = Scope(function, module)
     found = []
-    for statement in tree.body:
-        for node in in_evaluation_order(statement):
-            if isinstance(node, ast.Call) and (kind := _kind(node, scope)) is not None:
-                found.append((Call(ast.unparse(node.func), kind, node.lineno, node.col_offset), node))
+    for node, dropped in _call_nodes(function):
+        kind = _kind(node, scope, registered)
+        if kind is not None:
+            target = in_place_target(node) if dropped and _works_in_place(node) else None
+            found.append(Call(ast.unparse(node.func), kind, span_of(node), dropped, target))
     return found
 
 
-def _kind(node: ast.Call, scope: Scope) -> str | None:
+def find_dropped(function: types.FunctionType, module: nn.Module) -> list[tuple[ast.Call, nn.Module]]:
+    """Return the calls of activation modules whose result is dropped, with that module.
+
+    ``self.relu(x)`` on a line of its own works in place on ``x``; what a hook returns would be dropped with it.
+    """
+    function = body_of(function)
+    dropped = [node for node, dropped in _call_nodes(function) if dropped]
+    if not dropped:
+        return []
+    scope = Scope(function, module)
+    callees = [(node, scope.value_of(node.func)) for node in dropped]
+    return [(node, callee) for node, callee in callees if isinstance(callee, nn.Module) and catalog.kind_of_module(callee)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_nodes(function: types.FunctionType) -> tuple[tuple[ast.Call, bool], ...]:
+    """Return a function's calls in order of evaluation, each with whether its result is dropped."""
+    tree = parse(function)
+    if tree is None:
+        return ()
+    dropped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    nodes = [node for statement in tree.body for node in in_evaluation_order(statement)]
+    return tuple((node, id(node) in dropped) for node in nodes if isinstance(node, ast.Call))
+
+
+def in_place_target(node: ast.Call) -> str | None:
+    """Return the local name that a call with a dropped result changes in place, if it is one name."""
+    base = node.func.value if isinstance(node.func, ast.Attribute) else None
+    if node.args and isinstance(node.args[0], ast.Name):
+        return node.args[0].id
+    return base.id if isinstance(base, ast.Name) and not node.args else None
+
+
+def _works_in_place(node: ast.Call) -> bool:
+    """Say whether a function call certainly changes its input: ``relu_(x)``, ``F.relu(x, inplace=True)``."""
+    name = ast.unparse(node.func)
+    flags = [keyword.value for keyword in node.keywords if keyword.arg == "inplace"] or node.args[1:2]
+    return name.endswith("_") or any(isinstance(flag, ast.Constant) and flag.value is True for flag in flags)
+
+
+def _kind(node: ast.Call, scope: Scope, registered: Set[int]) -> str | None:
     value = scope.value_of(node.func)
     if value is UNKNOWN:
         if isinstance(node.func, ast.Attribute) and scope.value_of(node.func.value) is UNKNOWN:
             return catalog.TENSOR_METHODS.get(node.func.attr)
+        if isinstance(node.func, ast.Subscript):
+            return _kind_held(scope.value_of(node.func.value))
         return None
     if isinstance(value, nn.Module):
-        return None  # a hook reaches it
+        return None if id(value) in registered or not registered else catalog.kind_of_module(value)
     return catalog.kind_of_function(value)
+
+
+def _kind_held(container: Any) -> str | None:
+    """Return the kind of the activation functions in a plain list or dict, if that is all there is in it."""
+    values = list(container.values()) if type(container) is dict else container
+    if type(values) not in (list, tuple) or not values:
+        return None
+    kinds = {None if isinstance(value, nn.Module) else catalog.kind_of_function(value) for value in values}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> frozenset[str]:
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return frozenset(code.co_names).union(*(_names(each) for each in inner))
+    return frozenset((*code.co_names, *code.co_freevars)).union(*(_names(each) for each in inner))
 
 
-def _may_call(function: types.FunctionType, module: nn.Module) -> bool:
-    names = _names(function.__code__) | set(function.__code__.co_freevars)
-    for name in names:
-        if name in catalog.TENSOR_METHODS or catalog.kind_of_name(name) is not None:
-            return True
-        held = module.__dict__.get(name, UNKNOWN)
-        if held is not UNKNOWN and holds_activation(held):
-            return True
-        if catalog.kind_of_function(function.__globals__.get(name)) is not None:
-            return True
-    return False
+@functools.lru_cache(maxsize=4096)
+def _names_activation(function: types.FunctionType) -> bool:
+    names = _names(function.__code__)
+    return any(
+        name in catalog.TENSOR_METHODS
+        or catalog.kind_of_name(name) is not None
+        or _holds_activation(function.__globals__.get(name))
+        for name in names
+    )
 
 
-def holds_activation(value: Any) -> bool:
-    """Say whether a plain attribute is an activation function, or a list or dict with one in it."""
-    if isinstance(value, list | tuple):
-        return any(holds_activation(each) for each in value)
-    if isinstance(value, dict):
-        return any(holds_activation(each) for each in value.values())
-    return catalog.kind_of_function(value) is not None
+def held_activations(module: nn.Module) -> Set[str]:
+    """Return the names of plain attributes that are activation functions, or lists or dicts of them."""
+    return {name for name, value in module.__dict__.items() if not name.startswith("_") and _holds_activation(value)}
+
+
+def _holds_activation(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        values = value.values() if isinstance(value, dict) else value
+        return any(_holds_activation(each) for each in values)
+    if isinstance(value, nn.Module):
+        return catalog.kind_of_module(value) is not None
+    return callable(value) and catalog.kind_of_function(value) is not None

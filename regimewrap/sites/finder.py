@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.calls import Call, find_calls, own_methods
+from regimewrap.sites.calls import NOWHERE, Call, Span, body_of, find_calls, find_dropped, in_place_target, own_methods, span_of
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where code stands: a module's dotted name, the class that defines the method, and the method's name."""
+
+    module: str
+    owner: type
+    name: str
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Activation:
         module: dotted name of the module that it is, or that calls it.
         method: the calling method; ``None`` for a module.
         call: the call itself, for a call.
+        dropped: where methods call a module on a line of its own, for what it does in place.
         problem: why no mechanism can reach it, if that is known already.
     """
 
@@ -31,51 +41,86 @@ class Activation:
     label: str
     kind: str
     module: str
-    method: str | None = None
+    method: Method | None = None
     call: Call | None = None
+    dropped: tuple[tuple[Method, Span], ...] = ()
     problem: str | None = None
 
 
 def find(model: nn.Module) -> list[Activation]:
     """Return a model's activations, in the order of ``named_modules``; shared modules once."""
+    modules = list(model.named_modules())
+    registered = {id(module) for _, module in modules}
+    dropped, lost = _dropped(modules)
     found: list[Activation] = []
-    for path, module in model.named_modules():
+    for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
-            name = getattr(module, "original_name", type(module).__name__)
-            kind = catalog.kind_of_name(name)
+            label = getattr(module, "original_name", type(module).__name__)
+            kind = catalog.kind_of_name(label)
             if kind is not None:
-                found.append(Activation(path, name, kind, path, problem="it is scripted; wrap before torch.jit.script"))
+                problem = "it is scripted; wrap before torch.jit.script"
+                found.append(Activation(path, label, kind, path, problem=problem))
             continue
         kind = catalog.kind_of_module(module)
-        if kind is not None:
-            found.append(Activation(path or type(module).__name__, type(module).__name__, kind, path))
-        else:
-            found.extend(_in_methods(path, module))
+        if kind is None:
+            found.extend(_in_methods(path, module, registered))
+            continue
+        label = type(module).__name__
+        where = tuple(dropped[id(module)])
+        found.append(Activation(path or label, label, kind, path, dropped=where, problem=lost.get(id(module))))
     return found
 
 
-def _in_methods(path: str, module: nn.Module) -> Iterator[Activation]:
-    prefix = f"{path}." if path else ""
-    for cls, method, function in own_methods(module):
-        current = getattr(type(module), method, None)
-        overridden = current is not function
-        if overridden and not _calls_super(current, method):
+def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple[Method, Span]]], dict[int, str]]:
+    """Find, by the id of an activation module, the places that drop its in-place result, and those beyond help."""
+    places: dict[int, list[tuple[Method, Span]]] = defaultdict(list)
+    lost: dict[int, str] = {}
+    for path, module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
             continue
+        for owner, name, function in own_methods(type(module)):
+            for node, callee in find_dropped(function, module):
+                if not getattr(callee, "inplace", False):
+                    continue  # without effect, gated or not
+                if in_place_target(node) is None:
+                    lost[id(callee)] = f"{name} drops its result, line {node.lineno} of it; assign the result"
+                places[id(callee)].append((Method(path, owner, name), span_of(node)))
+    return places, lost
+
+
+def _in_methods(path: str, module: nn.Module, registered: Set[int]) -> Iterator[Activation]:
+    prefix = f"{path}." if path else ""
+    for owner, name, function in own_methods(type(module)):
+        place = f"{prefix}{name}"
+        if getattr(type(module), name, None) is not function:
+            if not _reached_by_super(type(module), name, owner):
+                continue
+            place = f"{prefix}{owner.__name__}.{name}"
         counts: Counter[str] = Counter()
-        for call, _ in find_calls(function, module):
+        for call in find_calls(function, module, registered):
             counts[call.short] += 1
             suffix = f"_{counts[call.short]}" if counts[call.short] > 1 else ""
             yield Activation(
-                f"{prefix}{method}.{call.short}{suffix}",
+                f"{place}.{call.short}{suffix}",
                 call.text,
                 call.kind,
                 path,
-                method,
+                Method(path, owner, name),
                 call,
-                f"it is in {cls.__name__}.{method}, reached through super()" if overridden else None,
+                problem=_problem(name, call),
             )
 
 
-def _calls_super(function: object, method: str) -> bool:
-    code = getattr(function, "__code__", None)
-    return code is not None and "__class__" in code.co_freevars and method in code.co_names
+def _problem(method: str, call: Call) -> str | None:
+    if call.span == NOWHERE:
+        return f"{method} has no readable source"
+    if call.dropped and call.target is None:
+        return f"{method} drops its result; assign it"
+    return None
+
+
+def _reached_by_super(cls: type, method: str, owner: type) -> bool:
+    """Say whether an overridden method can still be called, by ``super()`` in each class that overrides it."""
+    overriding = [vars(home).get(method) for home in cls.__mro__[: cls.__mro__.index(owner)]]
+    codes = [getattr(body_of(each), "__code__", None) for each in overriding if each is not None]
+    return all(code is not None and "__class__" in code.co_freevars and method in code.co_names for code in codes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from regimewrap.gate import Site
 from regimewrap.sites.finder import Activation
@@ -43,10 +43,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every activation of a model, a row each; iterable, printable, and without effect."""
+    """Every activation of a model, a row each; iterable, printable, and without effect.
+
+    Attributes:
+        model: name of the model's class.
+        rows: in the order of ``named_modules``.
+        recipes: the new methods, ready for ``rewrite``, by dotted name of the module that gets them.
+    """
 
     model: str
     rows: tuple[Row, ...]
+    recipes: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)

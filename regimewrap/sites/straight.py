@@ -78,6 +78,8 @@ def why_not_straight(function: types.FunctionType, module: nn.Module) -> str | N
 def _statement(statement: ast.stmt, scope: Scope) -> str | None:
     if not isinstance(statement, _STATEMENTS):
         return f"has {_WORDS.get(type(statement), type(statement).__name__)}"
+    if isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant):
+        return "drops a result"
     targets: list[ast.expr] = []
     if isinstance(statement, ast.Assign):
         targets = statement.targets
@@ -127,6 +129,8 @@ def _call(node: ast.Call, scope: Scope) -> str | None:
     if isinstance(callee, nn.Module):
         return None if callee is not scope.module else f"calls {text}"
     if callee is not UNKNOWN:
+        if _reads_self(node.func, scope):
+            return f"reads {text}"
         if not _from_torch(callee):
             return f"calls {text}"
         # Without an input among its arguments the call would run once, while tracing, and its result be frozen.

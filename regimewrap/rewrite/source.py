@@ -1,0 +1,175 @@
+"""The third mechanism: call sites rewritten in a method's syntax tree, where a trace would freeze something.
+
+Branches, loops, randomness and mutation stay what they are: of the whole method only ``F.relu(x)`` becomes
+``self._regimewrap_gate(F.relu(x), 0)``. Closures, ``super()``, decorators, defaults, mangled names and the line numbers
+in tracebacks are kept. Before a method is touched its unchanged source is compiled and compared with the code that
+runs, so that a file that was edited meanwhile is noticed.
+"""
+
+from __future__ import annotations
+
+import __future__
+import ast
+import copy
+import dis
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from regimewrap.rewrite.rebind import GATE_METHOD
+from regimewrap.sites.calls import Span, body_of, in_place_target, parse, span_of
+
+_FUTURES = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+
+_INCIDENTAL = {"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL"}
+
+
+class NotRewritableError(Exception):
+    """A method's source cannot be rewritten; the text says why. Stays inside ``rewrite`` and ``wrap``."""
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """Which calls of a method go through the gate.
+
+    Attributes:
+        owner: name of the class that defines the method, for mangled names.
+        gated: where each call stands, with the index of its site gate.
+        kept: where calls stand whose result the method drops because they work in place; it is assigned instead.
+    """
+
+    owner: str
+    gated: tuple[tuple[Span, int], ...]
+    kept: tuple[Span, ...] = ()
+
+    def build(self, original: types.FunctionType) -> types.FunctionType:
+        """Return the rewritten function, inside the same decorators.
+
+        Raises:
+            NotRewritableError: the source is not what runs, or it or a decorator cannot be dealt with.
+        """
+        function = body_of(original)
+        tree = parse(function)
+        if tree is None:
+            raise NotRewritableError("it has no readable source")
+        if not _same(_compile(tree, function, self.owner), function.__code__):
+            raise NotRewritableError("its source is not the code that runs (was the file edited after the import?)")
+        rewriter = _Rewriter(self, function.__code__.co_varnames[0])
+        edited = rewriter.visit(copy.deepcopy(tree))
+        if rewriter.gated or rewriter.kept:
+            raise NotRewritableError("its source has changed since the plan was made")
+        code = _compile(edited, function, self.owner)
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        closure = tuple(cells[name] for name in code.co_freevars)
+        new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+        new.__kwdefaults__ = function.__kwdefaults__
+        return _in_decorators(original, function, new)
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, recipe: SourceRecipe, self_name: str) -> None:
+        self.gated = dict(recipe.gated)
+        self.kept = set(recipe.kept)
+        self._self = self_name
+        self._depth = 0
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802  ast dispatches on the name
+        index = self.gated.pop(span_of(node), None)
+        self.generic_visit(node)
+        if index is None:
+            return node
+        method = ast.Attribute(ast.Name(self._self, ast.Load()), GATE_METHOD, ast.Load())
+        gate = ast.Call(method, [node, ast.Constant(index)], [])
+        return ast.fix_missing_locations(ast.copy_location(gate, node))
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:  # noqa: N802  ast dispatches on the name
+        keep = isinstance(node.value, ast.Call) and span_of(node.value) in self.kept
+        target = in_place_target(node.value) if keep and isinstance(node.value, ast.Call) else None
+        if keep:
+            self.kept.remove(span_of(node.value))
+        self.generic_visit(node)
+        if target is None:
+            return node
+        assign = ast.Assign([ast.Name(target, ast.Store())], node.value)
+        return ast.fix_missing_locations(ast.copy_location(assign, node))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802  ast dispatches on the name
+        return self._function(node)
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:  # noqa: N802  ast dispatches on the name
+        return self._function(node)
+
+    def _function(self, node: Any) -> ast.AST:
+        arguments = node.args
+        names = {each.arg for each in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
+        if self._depth and self._self in names:
+            raise NotRewritableError(f"an inner function has an argument {self._self!r} of its own")
+        self._depth += 1
+        self.generic_visit(node)
+        self._depth -= 1
+        result: ast.AST = node
+        return result
+
+
+def _compile(tree: ast.FunctionDef, function: types.FunctionType, owner: str) -> types.CodeType:
+    """Compile a method's tree in a place like its own: in a class, with the same free variables, at the same lines."""
+    outer = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
+    home = ast.parse(f"def factory({outer}):\n class {owner}:\n  pass")
+    method = copy.deepcopy(tree)
+    method.decorator_list = []
+    method.returns = None
+    # Defaults and annotations belong to the function object, which keeps its own.
+    arguments = method.args
+    arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
+    for each in ast.walk(arguments):
+        if isinstance(each, ast.arg):
+            each.annotation = None
+    ast.increment_lineno(method, function.__code__.co_firstlineno - 1)
+    home.body[0].body[0].body = [method]  # type: ignore[attr-defined]
+    flags = function.__code__.co_flags & _FUTURES
+    code = compile(home, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    for name in ("factory", owner, tree.name):
+        code = next(each for each in code.co_consts if isinstance(each, types.CodeType) and each.co_name == name)
+    return code.replace(co_qualname=function.__code__.co_qualname)
+
+
+def _same(a: types.CodeType, b: types.CodeType) -> bool:
+    return _essence(a) == _essence(b)
+
+
+def _essence(code: types.CodeType) -> list[object]:
+    """What a function's code does, without what depends on the imports of its file (how methods are loaded)."""
+    steps: list[object] = [code.co_varnames, code.co_freevars, code.co_cellvars]
+    for step in dis.get_instructions(code):
+        if step.opname in _INCIDENTAL:
+            continue
+        if isinstance(step.argval, types.CodeType):
+            steps.append(_essence(step.argval))
+        elif step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
+            steps.append(step.opname)
+        else:
+            steps.append((step.opname.replace("LOAD_METHOD", "LOAD_ATTR"), type(step.argval), step.argval))
+    return steps
+
+
+def _in_decorators(outer: types.FunctionType, inner: types.FunctionType, new: types.FunctionType) -> types.FunctionType:
+    """Return a copy of a chain of decorated functions with ``inner`` replaced, without running the decorators again."""
+    if outer is inner:
+        return new
+    below: types.FunctionType = outer.__wrapped__  # type: ignore[attr-defined]
+    replaced = _in_decorators(below, inner, new)
+    cells = [types.CellType(replaced) if _holds(cell, below) else cell for cell in outer.__closure__ or ()]
+    if cells == list(outer.__closure__ or ()):
+        raise NotRewritableError(f"a decorator ({outer.__code__.co_qualname}) hides it")
+    copied = types.FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells))
+    copied.__kwdefaults__ = outer.__kwdefaults__
+    copied.__dict__.update(outer.__dict__, __wrapped__=replaced)
+    return copied
+
+
+def _holds(cell: types.CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # not filled
+        return False
