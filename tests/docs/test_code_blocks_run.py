@@ -1,0 +1,78 @@
+"""Every Python block of README and docs runs, a page's blocks one after the other as a reader would type them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import regimewrap
+from regimewrap import strategies
+
+ROOT = Path(__file__).parents[2]
+FENCED = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if FENCED.search(page.read_text())
+}
+
+
+def _names_of_the_reader() -> dict[str, Any]:
+    """What pages that show only our part may take for granted: a model, data, a loss, an optimizer, a metric."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 2))
+    x, y = torch.randn(64, 8), torch.randint(0, 2, (64,))
+    return {
+        "torch": torch,
+        "regimewrap": regimewrap,
+        "model": model,
+        "x": x,
+        "loader": list(zip(x.split(16), y.split(16), strict=True)),
+        "criterion": nn.CrossEntropyLoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "evaluate": lambda model: (model(x).argmax(1) == y).float().mean().item(),
+    }
+
+
+def test_the_pages_with_code_are_found():
+    assert {"README.md", "docs/index.md", "docs/tutorials/first-run.md"} <= PAGES.keys()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_runs_and_prints_what_the_page_shows(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(strategies, "_KINDS", dict(strategies._KINDS))  # a page may register one
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    if page not in {"README.md", "docs/tutorials/first-run.md"}:  # these take nothing for granted
+        vars(module).update(_names_of_the_reader())
+    text = PAGES[page].read_text()
+    try:
+        for block in FENCED.finditer(text):
+            if block[1] == "text":
+                assert block[2] in capsys.readouterr().out
+                continue
+            lines_before = text.count("\n", 0, block.start(2))  # so that a traceback shows the page's own line
+            code = compile("\n" * lines_before + block[2], PAGES[page], "exec", dont_inherit=True)
+            exec(code, vars(module))  # noqa: S102 - our own pages
+    finally:
+        strategies._union.cache_clear()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_runs_by_itself(path: Path, tmp_path: Path):
+    assert len(path.read_text().splitlines()) < 60
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert not list(tmp_path.iterdir())
