@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regimewrap.errors import PolicyError
+from regimewrap.policy import PRESETS, CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
+from regimewrap.strategies import Constant, EmaReset, Sawtooth
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ratios = st.floats(0, 1, exclude_min=True)
+names = st.text(min_size=1, max_size=8).filter(lambda name: name.isprintable())
+policies = st.builds(
+    RegimePolicy,
+    gate=st.builds(
+        GatePolicy,
+        scope=st.sampled_from(["sample", "position", "batch"]),
+        eval_keep_ratio=ratios | st.just("current"),
+        channel_dim=st.integers(-4, 4) | st.just("auto"),
+    ),
+    sites=st.builds(
+        SitePolicy,
+        include=st.lists(names, max_size=3).map(tuple),
+        multipliers=st.dictionaries(names, st.floats(0, 1e9, exclude_min=True), max_size=3),
+    ),
+    cycle=st.builds(
+        CyclePolicy,
+        strategy=st.builds(EmaReset, decay=ratios, cooldown=st.integers(0, 9))
+        | st.builds(Constant, keep_ratio=ratios)
+        | st.builds(Sawtooth, floor=ratios),
+        every=st.integers(1, 10**12),
+        monitor=names,
+    ),
+)
+
+
+@given(policy=policies)
+def test_a_policy_survives_yaml_and_json(policy: RegimePolicy):
+    assert RegimePolicy.from_yaml(policy.to_yaml()) == policy
+    assert RegimePolicy.from_json(policy.to_json()) == policy
+    assert hash(RegimePolicy.from_yaml(policy.to_yaml())) == hash(policy)
+
+
+@pytest.mark.parametrize("name", ["policy.yaml", "policy.yml", "policy.json", "POLICY.JSON"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_policy_survives_a_file(tmp_path: Path, name: str, preset: str):
+    path, policy = tmp_path / name, RegimePolicy.preset(preset)
+
+    policy.to_file(path)
+
+    assert RegimePolicy.from_file(str(path)) == policy
+    assert [found.name for found in tmp_path.iterdir()] == [name]
+
+
+def test_the_suffix_decides_the_format(tmp_path: Path):
+    RegimePolicy().to_file(tmp_path / "policy.json")
+    RegimePolicy().to_file(tmp_path / "policy.yaml")
+
+    assert json.loads((tmp_path / "policy.json").read_text()) == yaml.safe_load((tmp_path / "policy.yaml").read_text())
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path: Path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("\ufeffcycle: {strategy: {kind: ema-reset, floor: 1e-3}}\n", encoding="utf-8")
+
+    assert RegimePolicy.from_file(path) == RegimePolicy()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the policy is empty; for one with all defaults write {}"),
+        ("# nothing", "the policy is empty"),
+        ("- 1", r"a policy is a mapping of settings \(schema_version, gate, sites, cycle\); got \[1\]"),
+        ("gate", "a policy is a mapping of settings"),
+        ("gate: [", "this is not YAML: line 1, column 8"),
+        ("gate: {}\n---\ngate: {}", "this is not YAML: line 2"),
+        ("a: !!python/object/apply:os.system [echo]", r"python/object/apply:os.system.*remove the tag"),
+        ("!policy {}", "line 1, column 1: could not determine a constructor for the tag '!policy'"),
+        ("? [gate]\n: 1", "this YAML cannot be used: line 1"),
+        ("gate: 2020-13-45", "this YAML has a value that cannot be read"),
+        ("\0", "this is not YAML"),
+        ("[" * 3000, "a policy is nested three levels deep at most"),
+        ("&a {gate: *a}", "gate.gate is not a setting"),
+        ("1: 2", "1: Keys should be strings"),
+        ("gate: {scope: postion}", "gate.scope must be one of .* Did you mean 'position'"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_a_yaml_file_that_is_no_policy_is_refused_on_one_line_that_names_it(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+
+    with pytest.raises(PolicyError, match=message) as caught:
+        RegimePolicy.from_file(path)
+
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "this is not JSON: Expecting value"),
+        ("{", "this is not JSON"),
+        ("null", "the policy is empty"),
+        ('{"cycle": {"smoothing": NaN}}', "cycle.smoothing must be a fraction"),
+        ("[" * 100_000, "a policy is nested three levels deep at most"),
+        ('{"cycle": {"every": ' + "9" * 5000 + "}}", "this is not JSON"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_a_json_file_that_is_no_policy_is_refused_on_one_line_that_names_it(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "policy.json"
+    path.write_text(text)
+
+    with pytest.raises(PolicyError, match=message) as caught:
+        RegimePolicy.from_file(path)
+
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_each_problem_of_a_file_names_the_file(tmp_path: Path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("gat: 1\nsite: 2\n")
+
+    with pytest.raises(PolicyError) as caught:
+        RegimePolicy.from_file(path)
+
+    assert [line.split(" ")[:2] for line in str(caught.value).splitlines()] == [
+        [f"{path}:", "gat"],
+        [f"{path}:", "site"],
+    ]
+
+
+def test_a_path_that_holds_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+
+    with pytest.raises(PolicyError, match=r"folder.yaml: cannot read a policy file here: Is a directory"):
+        RegimePolicy.from_file(tmp_path / "folder.yaml")
+    with pytest.raises(PolicyError, match=r"missing.yaml: cannot read a policy file here: No such file"):
+        RegimePolicy.from_file(tmp_path / "missing.yaml")
+    with pytest.raises(PolicyError, match=r"binary.yaml: expected UTF-8 text"):
+        RegimePolicy.from_file(tmp_path / "binary.yaml")
+    with pytest.raises(PolicyError, match=r"ends in .yaml, .yml or .json; got '.txt'"):
+        RegimePolicy.from_file(tmp_path / "policy.txt")
+    with pytest.raises(PolicyError, match="expected a policy as text"):
+        RegimePolicy.from_yaml(tmp_path / "policy.yaml")  # type: ignore[arg-type]
+
+
+def test_a_path_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path):
+    (tmp_path / "folder.yaml").mkdir()
+
+    for path, message in (
+        (tmp_path / "folder.yaml", "Is a directory"),
+        (tmp_path / "missing" / "policy.yaml", "No such file"),
+        (tmp_path / "policy", "ends in .yaml"),
+    ):
+        with pytest.raises(PolicyError, match=message):
+            RegimePolicy().to_file(path)
+
+    assert [found.name for found in tmp_path.iterdir()] == ["folder.yaml"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "policy.yaml"
+    RegimePolicy.preset("dense").to_file(path)
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+
+    with pytest.raises(PolicyError, match="cannot write a policy file here: No space left on device"):
+        RegimePolicy().to_file(path)
+
+    assert RegimePolicy.from_file(path) == RegimePolicy.preset("dense")
+    assert [found.name for found in tmp_path.iterdir()] == ["policy.yaml"]
