@@ -206,7 +206,9 @@ def _locate(root: dict[str, Any], where: Iterable[int | str]) -> tuple[list[str]
             node = _resolved(root, {"$ref": tags[step]})
         elif "anyOf" in node:  # the branch of a union: the whole union says better what was expected
             break
-        elif step != "[key]":  # pydantic's mark for a mistake in a name, not in what the name stands for
+        elif step == "[key]":  # the mistake is in a name, not in what the name stands for
+            path[-1], node = "[key]", _resolved(root, parent.get("propertyNames", {}))
+        else:
             path.append(str(step))
             inner = node.get("properties", {}).get(step) or node.get("items") or node.get("additionalProperties")
             node, parent = _resolved(root, inner if isinstance(inner, dict) else {}), node
@@ -249,10 +251,10 @@ def _expected(root: dict[str, Any], node: dict[str, Any]) -> str:
     if kind in ("number", "integer"):
         return _expected_number(node, _is_fraction(root, node))
     if kind == "array" and "items" in node:
-        return f"a list, each {_expected(root, node['items'])}"
+        return f"a list, each item {_expected(root, node['items'])}"
     if "properties" in node:
         return f"a mapping of settings ({', '.join(node['properties'])})"
-    return _TYPES.get(kind, kind) + (", not empty" if node.get("minLength") == 1 else "")
+    return "non-empty text" if node.get("minLength") == 1 else _TYPES.get(kind, kind)
 
 
 def _expected_number(node: dict[str, Any], fraction: bool) -> str:
