@@ -1,4 +1,4 @@
 """The method's experiment as a user would run it: a network, data, a training loop, runs over several seeds.
 
-Recipes use public names of the package only. They train and record; they draw no plots and write no report themselves.
+Recipes train, record, and show how far they are. They draw no plots and write no reports; ``report`` does.
 """
