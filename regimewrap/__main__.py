@@ -1,0 +1,22 @@
+"""``python -m regimewrap`` and the ``regimewrap`` script: the command line, or word of what it needs."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command line with this process's arguments; return the exit status."""
+    try:
+        from regimewrap.cli import run
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("rich", "typer"):
+            raise
+        sys.stderr.write(f"Error: the command line needs {package}; run: pip install 'regimewrap[cli]'\n")
+        return 2
+    return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
