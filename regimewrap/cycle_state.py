@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from regimewrap.errors import StateError
 from regimewrap.settings import shown
-from regimewrap.strategies import Event  # noqa: TC001 - pydantic looks it up
+from regimewrap.strategies import Event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ LARGEST = 1e300
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 _Ratio = Annotated[float, Field(gt=0, le=1)]
-_Signal = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+_Signal = Annotated[float, Field(ge=-2 * LARGEST, le=2 * LARGEST)]  # an average may be rounded up
 _Tally = Annotated[int, Field(ge=0)]
 
 

@@ -34,7 +34,8 @@ class RegimeCycler:
     Between two decisions a step only stores its value: no device is waited for and no rank is asked. At a decision
     the stored values are fetched in one transfer, smoothed in Python floats and averaged over ranks (one all-reduce);
     rank 0's decision is broadcast, so that all ranks hold the same ratio, bit for bit. Strategies that need no signal
-    do none of this. The best value, from which a fall is measured, is the best of all decisions.
+    do none of this. The best value, from which a fall is measured, is the best of all decisions: in between, no rank
+    knows the mean.
 
     ``copy.deepcopy((model, cycler))``, in this order, gives a copied model with a cycler of its own; the same goes for
     pickle. A cycler copied by itself goes on driving whatever its gates belong to; for another model use
@@ -239,6 +240,7 @@ class RegimeCycler:
             raise PolicyError(f"strategy {strategy.kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")
         if move.event not in EVENTS:
             raise PolicyError(f"strategy {strategy.kind!r} must name one of {EVENTS}; got {shown(move.event)}.")
+        move = Move(float(move.keep_ratio), move.event)
         return _from_rank_0(move) if strategy.needs_signal else move
 
     def _fall(self, state: State, signal: float) -> float:

@@ -9,7 +9,7 @@ import pickle
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regimewrap.cycler import RegimeCycler
@@ -78,6 +78,7 @@ def test_the_list_has_every_strategy():
 
 
 @EACH
+@settings(deadline=None)
 @given(now=situations())
 def test_a_move_is_to_a_ratio_in_range(strategy: Strategy, now: Situation):
     ratio, event = strategy.next_move(now)
@@ -87,12 +88,14 @@ def test_a_move_is_to_a_ratio_in_range(strategy: Strategy, now: Situation):
 
 
 @EACH
+@settings(deadline=None)
 @given(now=situations())
 def test_a_rule_is_pure(strategy: Strategy, now: Situation):
     assert strategy.next_move(now) == strategy.next_move(now)
 
 
 @EACH
+@settings(deadline=None)
 @given(signals=SIGNALS, kind=TOLERANCE_KINDS, mode=st.sampled_from(["min", "max"]))
 def test_the_ratio_stays_in_range_whatever_the_signal(strategy: Strategy, signals: list[float], kind: str, mode: str):
     cycler = cycler_for(strategy, tolerance_kind=kind, mode=mode, every=1)
@@ -105,6 +108,7 @@ def test_the_ratio_stays_in_range_whatever_the_signal(strategy: Strategy, signal
 
 
 @EACH
+@settings(deadline=None)
 @given(signals=SIGNALS, stop=st.integers(0, 40), kind=TOLERANCE_KINDS)
 def test_resuming_at_any_step_equals_never_having_stopped(
     strategy: Strategy, signals: list[float], stop: int, kind: str
@@ -170,6 +174,7 @@ def test_a_policy_with_it_survives_files_and_copies(strategy: Strategy):
 
 
 @EACH
+@settings(deadline=None)
 @given(decisions=st.integers(1, 10**6))
 def test_it_can_be_rescaled_to_any_number_of_decisions(strategy: Strategy, decisions: int):
     assert isinstance(strategy.rescaled(decisions), type(strategy))

@@ -9,7 +9,7 @@ from regimewrap.cycler import RegimeCycler
 from regimewrap.errors import PolicyError
 from regimewrap.gate import TopKGate
 from regimewrap.policy import CyclePolicy, RegimePolicy
-from regimewrap.settings import Ratio  # noqa: TC001 - pydantic looks it up
+from regimewrap.settings import Ratio
 from regimewrap.strategies import EmaReset, Move, Situation, Strategy, register
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regimewrap.cycler import RegimeCycler
@@ -24,6 +24,7 @@ def test_the_default_policy_is_loss_reset():
 
 
 @EACH
+@settings(deadline=None)
 @given(total_steps=st.integers(1, 10**30))
 def test_every_length_of_a_run_has_a_valid_policy(name: str, total_steps: int):
     policy = RegimePolicy.preset(name, total_steps=total_steps)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regimewrap.errors import PolicyError
@@ -32,6 +32,7 @@ def teeth(sawtooth: Sawtooth, decisions: int) -> list[float]:
 shapes = st.sampled_from(["linear", "geometric", "cosine"])
 
 
+@settings(deadline=None)
 @given(
     shape=shapes,
     decisions=st.integers(2, 50),
@@ -49,6 +50,7 @@ def test_a_sawtooth_depends_on_the_decision_count_alone(shape, decisions, floor,
     assert move == sawtooth.next_move(now(decision=at + decisions))
 
 
+@settings(deadline=None)
 @given(shape=shapes, decisions=st.integers(2, 50), floor=st.floats(0, 1, exclude_min=True))
 def test_a_tooth_goes_from_dense_down_to_the_floor(shape, decisions, floor):
     tooth = teeth(Sawtooth(shape=shape, decisions=decisions, floor=floor), decisions)
@@ -100,6 +102,7 @@ def test_plateau_reset_resets_at_the_floor():
 
 
 @pytest.mark.parametrize("cls", [EmaReset, EmaRelax])
+@settings(deadline=None)
 @given(decisions=st.integers(1, 2000))
 def test_rescaled_a_compression_to_a_tenth_and_the_cooldown_fill_the_cycle(cls: type[EmaReset], decisions: int):
     strategy = cls().rescaled(decisions)
