@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import regimewrap
 
-EPOCHS, BATCH, TRAINING_IMAGES = 60, 25, 400
+EPOCHS, BATCH, TRAINING_IMAGES = 40, 25, 400
 
 
 def main() -> None:
