@@ -59,8 +59,8 @@ _PICTURES = {
     ),
     "time-bound.png": (
         "How often the gate bound",
-        "The share of training updates in which the gate zeroed a non-zero unit at one site or more, mean over seeds. "
-        "An arm whose gate seldom binds is trained like the dense one.",
+        "The share of updates, among those looked at, in which the gate zeroed a non-zero unit at one site or more; "
+        "mean over seeds. An arm whose gate seldom binds is trained like the dense one.",
     ),
 }
 
@@ -123,7 +123,7 @@ def _accuracy_table(experiment: Experiment) -> str:
         ]
         name = f'<th scope="row">{escape(arm.name)}</th>'
         rows.append(f"<tr>{name}{_cells(figures)}</tr>")
-    caption = f"{accuracy_caption(experiment)}. Gate bound: share of updates, in %, in which the gate zeroed something."
+    caption = f"{accuracy_caption(experiment)}. Gate bound: share of updates, in %, in which it zeroed something."
     headings = "".join(f"<th scope='col'>{escape(text)}</th>" for text in head)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Accuracy table">'
