@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -110,7 +111,15 @@ class Saved:
     history: list[Decision]
 
 
-SAVED = TypeAdapter(Saved)
+@cache
+def _adapter() -> TypeAdapter[Saved]:
+    # On first use: building it takes a good part of `import regimewrap`.
+    return TypeAdapter(Saved)
+
+
+def plain(saved: Saved) -> dict[str, Any]:
+    """Return a saved cycler as plain JSON types."""
+    return _adapter().dump_python(saved, mode="json")  # type: ignore[no-any-return]
 
 
 def restored(state: object, policy: CyclePolicy) -> Saved:
@@ -127,7 +136,7 @@ def restored(state: object, policy: CyclePolicy) -> Saved:
         )
     try:
         # Through JSON, where strictness means that nothing is taken for another type.
-        saved = SAVED.validate_json(json.dumps(state, allow_nan=False), strict=True)
+        saved = _adapter().validate_json(json.dumps(state, allow_nan=False), strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"])

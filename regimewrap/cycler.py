@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from regimewrap.cycle_state import LARGEST, SAVED, Decision, Regime, Saved, State, restored
+from regimewrap.cycle_state import LARGEST, Decision, Regime, Saved, State, plain, restored
 from regimewrap.errors import PolicyError, SignalError
 from regimewrap.gate import TopKGate, gate_of
 from regimewrap.policy import CyclePolicy, RegimePolicy
@@ -127,8 +127,7 @@ class RegimeCycler:
         """
         pending = [value if math.isfinite(value) else None for value in _fetched(self._pending)]
         policy = self.policy.model_dump(mode="json")
-        saved = Saved(1, policy, self._updates, pending, self._state, self._history)
-        return SAVED.dump_python(saved, mode="json")  # type: ignore[no-any-return]
+        return plain(Saved(1, policy, self._updates, pending, self._state, self._history))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, exactly as if the run had never stopped, and set the gates.

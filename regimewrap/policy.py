@@ -167,9 +167,10 @@ class RegimePolicy(Settings):
         Raises:
             PolicyError: no preset has that name, or ``total_steps`` is not a whole number of at least 1.
         """
-        cycle = _PRESETS.get(name) if isinstance(name, str) else None
-        if cycle is None:
+        build = _PRESETS.get(name) if isinstance(name, str) else None
+        if build is None:
             raise PolicyError(f"preset must be one of {', '.join(PRESETS)}; got {shown(name)}.{nearest(name, PRESETS)}")
+        cycle = build()
         if total_steps is not None:
             cycle = _rescaled(cycle, whole_number("total_steps", total_steps))
         return cls(cycle=cycle)
@@ -290,12 +291,13 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 _ACCURACY: dict[str, Any] = {"monitor": "accuracy", "mode": "max", "tolerance_kind": "absolute"}
 
-_PRESETS: dict[str, CyclePolicy] = {
-    "loss-reset": CyclePolicy(),
-    "accuracy-reset": CyclePolicy(strategy=EmaReset(), every=128, smoothing=0.5, **_ACCURACY),
-    "accuracy-relax": CyclePolicy(strategy=EmaRelax(), every=50, smoothing=0.9, **_ACCURACY),
-    "sawtooth": CyclePolicy(strategy=Sawtooth()),
-    "dense": CyclePolicy(strategy=Dense()),
+# Built when asked for, which keeps `import regimewrap` quick.
+_PRESETS: dict[str, Callable[[], CyclePolicy]] = {
+    "loss-reset": CyclePolicy,
+    "accuracy-reset": lambda: CyclePolicy(strategy=EmaReset(), every=128, smoothing=0.5, **_ACCURACY),
+    "accuracy-relax": lambda: CyclePolicy(strategy=EmaRelax(), every=50, smoothing=0.9, **_ACCURACY),
+    "sawtooth": lambda: CyclePolicy(strategy=Sawtooth()),
+    "dense": lambda: CyclePolicy(strategy=Dense()),
 }
 
 #: The names that ``RegimePolicy.preset`` takes.

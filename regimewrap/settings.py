@@ -96,7 +96,7 @@ class _Checked(ModelMetaclass):
 class Settings(BaseModel, metaclass=_Checked):
     """Base of all settings: frozen, no unknown names, finite numbers, mistakes reported as ``PolicyError``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, defer_build=True)
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some settings changed, checked like new ones.
