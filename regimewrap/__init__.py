@@ -5,9 +5,13 @@ the training loop, ``sweep`` shows what the network can do at each budget, and `
 """
 
 from regimewrap._version import __version__
+from regimewrap.cycle_state import Regime
+from regimewrap.cycler import RegimeCycler
 from regimewrap.errors import RegimewrapError
 from regimewrap.gate import TopKGate, at_keep_ratio, gate_of
 from regimewrap.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
+from regimewrap.rewrite.insert import insert_gates
+from regimewrap.sweep import Sweep, recalibrate_batchnorm, sweep
 from regimewrap.telemetry import watch
 from regimewrap.verify import verify
 from regimewrap.wrap import plan, unwrap, wrap
@@ -15,14 +19,20 @@ from regimewrap.wrap import plan, unwrap, wrap
 __all__ = [
     "CyclePolicy",
     "GatePolicy",
+    "Regime",
+    "RegimeCycler",
     "RegimePolicy",
     "RegimewrapError",
     "SitePolicy",
+    "Sweep",
     "TopKGate",
     "__version__",
     "at_keep_ratio",
     "gate_of",
+    "insert_gates",
     "plan",
+    "recalibrate_batchnorm",
+    "sweep",
     "unwrap",
     "verify",
     "watch",

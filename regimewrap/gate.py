@@ -102,6 +102,8 @@ class TopKGate:
         Returns:
             Shape, dtype, device and memory format of ``x``.
         """
+        if not isinstance(x, Tensor):
+            raise SelectionError(f"{site.name}: an activation returns a tensor; got {type(x).__name__}.")
         y = self._select(x, site, training)
         for observe in self.observers:
             observe(site, x, y)
@@ -146,7 +148,8 @@ class TopKGate:
         return {**self.__dict__, "_root": None, "observers": []}
 
     def __repr__(self) -> str:
-        return f"TopKGate(keep_ratio={float(self.keep_ratio):g}, scope={self.policy.gate.scope!r}, sites={len(self.sites)})"
+        ratio, scope = float(self.keep_ratio), self.policy.gate.scope
+        return f"TopKGate(keep_ratio={ratio:g}, scope={scope!r}, sites={len(self.sites)})"
 
 
 class SiteGate:
@@ -162,22 +165,31 @@ class SiteGate:
 
 
 def find_gate(model: nn.Module) -> TopKGate | None:
-    """Return the gate of a wrapped model or of a wrapper around one; ``None`` if there is none.
+    """Return the gate of a wrapped model, or of a wrapper around one or a part of one; ``None`` if there is none.
 
     Raises:
         WrapError: several wrapped models are inside ``model``.
     """
-    homes = [module for module in model.modules() if GATE_ATTRIBUTE in module.__dict__]
-    gates = {id(home.__dict__[GATE_ATTRIBUTE]): home for home in homes}
+    gates = {id(gate): (gate, home) for home in model.modules() for gate in _gates_on(home)}
     if len(gates) > 1:
-        kinds = ", ".join(type(home).__name__ for home in homes)
+        kinds = ", ".join(type(home).__name__ for _, home in gates.values())
         raise WrapError(f"{len(gates)} separately wrapped models are inside this one ({kinds}); pass one of them.")
-    for home in gates.values():
-        gate: TopKGate = home.__dict__[GATE_ATTRIBUTE]
-        if gate._root is None:  # it came out of a file
+    for gate, home in gates.values():
+        if gate._root is None and GATE_ATTRIBUTE in home.__dict__:  # it came out of a file
             gate.anchor(home)
         return gate
     return None
+
+
+def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
+    if GATE_ATTRIBUTE in module.__dict__:
+        yield module.__dict__[GATE_ATTRIBUTE]
+    # Copies of graph modules lose plain attributes, and a part of a model never had one.
+    holders = [*module._forward_hooks.values(), *module.__dict__.get("gates", ())]
+    for holder in holders:
+        site_gate = holder if isinstance(holder, SiteGate) else getattr(holder, "gate", None)
+        if isinstance(site_gate, SiteGate):
+            yield site_gate.gate
 
 
 def gate_of(model: nn.Module) -> TopKGate:

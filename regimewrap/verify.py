@@ -35,7 +35,8 @@ class Coverage:
     def __str__(self) -> str:
         lines = [f"{len(self.gated)} sites gated, {len(self.escaped)} escaped, {len(self.idle)} did not run"]
         lines += [
-            f"  escaped: {name}; unwrap and wrap again, or exclude it in sites.exclude if it is meant" for name in self.escaped
+            f"  escaped: {name}; unwrap and wrap again, or exclude it in sites.exclude if it is meant"
+            for name in self.escaped
         ]
         lines += [f"  did not run: {name}" for name in self.idle]
         return "\n".join(lines)
@@ -87,16 +88,16 @@ class _Census(TorchFunctionMode):
         self.gated_sites.append(site)
         self._seen[id(before)] = before
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
         kind = catalog.FUNCTIONS.get(func)
-        if kind is None and getattr(torch.Tensor, getattr(func, "__name__", ""), None) is func:
-            kind = catalog.TENSOR_METHODS.get(func.__name__)
+        if kind is None and getattr(torch.Tensor, name, None) is func:
+            kind = catalog.TENSOR_METHODS.get(name)
         inside = self._stack[-1] if self._stack else self._root
         if kind is not None and catalog.kind_of_module(inside) is None:
             path = self._paths.get(id(inside), type(inside).__name__)
-            name = f"{path}.{func.__name__}" if path else func.__name__
-            self._ran.append((Activation(name, func.__name__, kind, path), result))
+            self._ran.append((Activation(f"{path}.{name}" if path else name, name, kind, path), result))
         return result
 
     @contextmanager
@@ -129,7 +130,10 @@ class _Census(TorchFunctionMode):
             known = [
                 each
                 for each in planned
-                if each.method is not None and each.module == activation.module and each.call and each.call.short == activation.label
+                if each.method is not None
+                and each.module == activation.module
+                and each.call
+                and each.call.short == activation.label
             ]
             if any(choose(policy, each, self._root)[0] for each in known or [activation]):
                 yield activation

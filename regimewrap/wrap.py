@@ -145,10 +145,8 @@ def _root(model: nn.Module) -> nn.Module:
         else:
             break
     if isinstance(model, torch.jit.ScriptModule):
-        raise WrapError(
-            f"{getattr(model, 'original_name', type(model).__name__)} is a TorchScript module, whose code cannot be gated; "
-            "wrap the original model, before torch.jit.script."
-        )
+        name = getattr(model, "original_name", type(model).__name__)
+        raise WrapError(f"{name} is a TorchScript module, whose code cannot be gated; wrap before torch.jit.script.")
     return model
 
 

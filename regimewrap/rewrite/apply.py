@@ -6,10 +6,10 @@ models that came out of a file, and on models whose children were replaced meanw
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 
 from regimewrap.gate import GATE_ATTRIBUTE, SiteGate, TopKGate
-from regimewrap.rewrite import hook, rebind
+from regimewrap.rewrite import graph, hook, rebind
 from regimewrap.sites.plan import Plan
 
 
@@ -25,7 +25,11 @@ def apply(model: nn.Module, plan: Plan, gate: TopKGate) -> None:
             if row.mechanism == "hook":
                 hook.attach(model.get_submodule(row.activation.module), gates[row.name])
         for path, rebinding in plan.recipes.items():
-            rebind.rebind(model.get_submodule(path), rebinding.methods, tuple(gates[name] for name in rebinding.sites))
+            module, called = model.get_submodule(path), tuple(gates[name] for name in rebinding.sites)
+            if isinstance(module, fx.GraphModule):
+                graph.gate_graph_module(module, [rebinding.nodes] * len(graph.graphs_of(module)), called)
+            else:
+                rebind.rebind(module, rebinding.methods, called)
         gate.sites = tuple(each.site for each in gates.values())
         gate.anchor(model)
         model.__dict__[GATE_ATTRIBUTE] = gate
@@ -36,7 +40,9 @@ def apply(model: nn.Module, plan: Plan, gate: TopKGate) -> None:
 
 def undo(model: nn.Module) -> None:
     """Remove everything that ``apply`` put on ``model`` or on any module in it."""
-    for module in model.modules():
+    for module in list(model.modules()):
         hook.detach(module)
         rebind.release(module)
+        if isinstance(module, fx.GraphModule):
+            graph.ungate_graph_module(module)
         module.__dict__.pop(GATE_ATTRIBUTE, None)

@@ -7,22 +7,26 @@ is run or changed here.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import linecache
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from regimewrap.gate import SiteGate
 from regimewrap.rewrite.rebind import GATE_METHOD
 from regimewrap.sites import catalog
 from regimewrap.sites.calls import Call
 
 #: Decides for an activation's node which site it is; ``None`` leaves it alone.
 Chooser = Callable[[fx.Node], int | None]
+
+_MODES = "regimewrap_modes"
 
 
 class NotTraceableError(Exception):
@@ -39,7 +43,12 @@ class GraphRecipe:
 
     def build(self, original: types.FunctionType) -> types.FunctionType:
         """Compile the source; tracebacks show its lines."""
-        names: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "NoneType": type(None), "device": torch.device}
+        names: dict[str, Any] = {
+            "inf": float("inf"),
+            "nan": float("nan"),
+            "NoneType": type(None),
+            "device": torch.device,
+        }
         names.update({name: importlib.import_module(module) for name, module in self.imports})
         filename = f"<{self.title}, traced by regimewrap>"
         linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
@@ -47,22 +56,6 @@ class GraphRecipe:
         function: types.FunctionType = names["forward"]
         function.__defaults__ = original.__defaults__
         return function
-
-
-def kind_of_node(node: fx.Node, root: nn.Module | None = None) -> str | None:
-    """Return the family of the activation that a node calls, or ``None``.
-
-    Args:
-        node: a node of a graph.
-        root: the module that ``call_module`` targets are looked up in; without it they are passed over.
-    """
-    if node.op == "call_function":
-        return catalog.kind_of_function(node.target)
-    if node.op == "call_method":
-        return catalog.TENSOR_METHODS.get(str(node.target))
-    if node.op == "call_module" and root is not None:
-        return catalog.kind_of_module(root.get_submodule(str(node.target)))
-    return None
 
 
 def insert_gate_nodes(graph: fx.Graph, choose: Chooser) -> int:
@@ -98,6 +91,94 @@ def _replace_later_uses(graph: fx.Graph, node: fx.Node, gated: fx.Node) -> None:
         value.replace_all_uses_with(gated, delete_user_cb=lambda user: order[user] > order[gated])
 
 
+class GraphGates(nn.Module):
+    """The site gates of one ``GraphModule``, as the one child that its gate nodes call; it has no state of its own."""
+
+    def __init__(self, gates: Sequence[SiteGate]) -> None:
+        super().__init__()
+        self.gates = tuple(gates)
+
+    def forward(self, value: Tensor, index: int) -> Tensor:
+        """Gate ``value`` at the site with this index, in this module's mode."""
+        return self.gates[index](value, self.training)
+
+
+class TwoModes(fx.GraphModule):
+    """A ``GraphModule`` with one graph for train mode and one for eval mode; ``train()`` and ``eval()`` switch.
+
+    Args:
+        train: traced in train mode.
+        eval_: traced in eval mode, from the same module.
+    """
+
+    def __init__(self, train: fx.GraphModule, eval_: fx.GraphModule) -> None:
+        super().__init__(train, copy.deepcopy(train.graph), class_name=type(train).__name__)
+        for node in eval_.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                _adopt(self, eval_, str(node.target))
+        # GraphModule.__deepcopy__ drops attributes but keeps meta.
+        self.meta[_MODES] = {True: self.graph, False: copy.deepcopy(eval_.graph)}
+
+    def train(self, mode: bool = True) -> TwoModes:
+        """Set the mode of every child, and run that mode's graph from now on."""
+        if mode != self.training:
+            self.graph = self.meta[_MODES][mode]
+        super().train(mode)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        modes = [fx.GraphModule(self, copy.deepcopy(self.meta[_MODES][mode])) for mode in (True, False)]
+        return (_two_modes, (*modes, self.training))
+
+
+def _two_modes(train: fx.GraphModule, eval_: fx.GraphModule, training: bool) -> TwoModes:
+    return TwoModes(train.train(), eval_).train(training)
+
+
+def _adopt(module: nn.Module, source: nn.Module, target: str) -> None:
+    """Give ``module`` the child, parameter or buffer that ``source`` has under a dotted name."""
+    *path, name = target.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module, source = getattr(module, part), getattr(source, part)
+    if not hasattr(module, name):
+        setattr(module, name, getattr(source, name))
+
+
+def graphs_of(module: fx.GraphModule) -> tuple[fx.Graph, ...]:
+    """Return the graphs of a ``GraphModule``: one, or one for each mode."""
+    return tuple(module.meta[_MODES].values()) if _MODES in module.meta else (module.graph,)
+
+
+def gate_graph_module(module: fx.GraphModule, indices: Sequence[Mapping[str, int]], gates: Sequence[SiteGate]) -> None:
+    """Insert gates into a ``GraphModule``, in place.
+
+    Args:
+        module: it gets one child without state, and new code.
+        indices: for each of ``graphs_of(module)``, name of an activation's node to the index of its gate.
+        gates: the gates.
+    """
+    holder = GraphGates(gates)
+    holder.training = module.training  # an exported module refuses train() and eval()
+    module.add_module(GATE_METHOD, holder)
+    for graph, chosen in zip(graphs_of(module), indices, strict=True):
+        insert_gate_nodes(graph, lambda node, chosen=chosen: chosen.get(node.name))  # type: ignore[misc]
+    module.recompile()
+
+
+def ungate_graph_module(module: fx.GraphModule) -> None:
+    """Take every gate out of a ``GraphModule``."""
+    if GATE_METHOD not in module._modules:
+        return
+    for graph in graphs_of(module):
+        for node in graph.find_nodes(op="call_module", target=GATE_METHOD):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    del module._modules[GATE_METHOD]
+    module.recompile()
+
+
 class _MethodTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -123,10 +204,10 @@ def trace_method(module: nn.Module, method: str, calls: Sequence[Call], sites: S
     """
     try:
         graph = _MethodTracer(method).trace(module)
-    except Exception as error:  # noqa: BLE001  whatever stops the tracer means the same to us
+    except Exception as error:
         raise NotTraceableError(f"FX cannot trace it: {error}") from error
-    nodes = [node for node in graph.nodes if kind_of_node(node) is not None]
-    if [kind_of_node(node) for node in nodes] != [call.kind for call in calls]:
+    nodes = [node for node in graph.nodes if catalog.kind_of_node(node) is not None]
+    if [catalog.kind_of_node(node) for node in nodes] != [call.kind for call in calls]:
         raise NotTraceableError("the trace holds other activations than the source")
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise NotTraceableError("the trace froze a tensor")

@@ -10,7 +10,7 @@ import ast
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,10 +27,17 @@ from regimewrap.sites.straight import why_not_straight
 
 @dataclass(frozen=True)
 class Rebinding:
-    """The new methods of one module, and the names of the sites that their code calls by index."""
+    """What is to be rewritten of one module, and the names of the sites that its code will call by index.
 
-    methods: tuple[NewMethod, ...]
+    Attributes:
+        sites: names of activations.
+        methods: new methods, for a module with methods of its own.
+        nodes: for a ``GraphModule``, name of a node to its index in ``sites``.
+    """
+
     sites: tuple[str, ...]
+    methods: tuple[NewMethod, ...] = ()
+    nodes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,15 +73,24 @@ def prepare(model: nn.Module, selected: Sequence[Activation], found: Sequence[Ac
     """
     prepared = Prepared()
     edits: dict[str, dict[Method, _Edits]] = defaultdict(lambda: defaultdict(_Edits))
+    nodes: dict[str, list[Activation]] = defaultdict(list)
     for activation in selected:
         if activation.problem is not None:
             prepared.problems[activation.name] = activation.problem
+        elif activation.node is not None:
+            nodes[activation.module].append(activation)
+            prepared.mechanisms[activation.name] = "graph"
         elif activation.method is not None:
             edits[activation.module][activation.method].called.append(activation)
         else:
             prepared.mechanisms[activation.name] = "hook"
             for method, span in activation.dropped:
                 edits[method.module][method].kept.append(span)
+    for path, activations in nodes.items():
+        prepared.rebindings[path] = Rebinding(
+            tuple(each.name for each in activations),
+            nodes={each.node: place for place, each in enumerate(activations) if each.node is not None},
+        )
     calls: dict[Method, list[Call]] = defaultdict(list)
     for activation in found:
         if activation.method is not None and activation.call is not None:
@@ -102,7 +118,7 @@ def _prepare_module(
             sites.append(each.name)
             prepared.mechanisms[each.name] = mechanism
     if built:
-        prepared.rebindings[path] = Rebinding(tuple(built), tuple(sites))
+        prepared.rebindings[path] = Rebinding(tuple(sites), tuple(built))
 
 
 def _recipe(

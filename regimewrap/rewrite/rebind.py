@@ -51,7 +51,8 @@ def rebind(module: nn.Module, methods: tuple[NewMethod, ...], gates: tuple[SiteG
         methods: what to replace.
         gates: the site gates that the new code calls by index.
     """
-    subclass = _subclass(type(module), methods)
+    base: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
+    subclass = _subclass(base, methods)
     module.__dict__[_SITES] = gates
     module.__class__ = subclass
 
@@ -103,7 +104,7 @@ def _fill(namespace: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:
-    cls = next(each for each in type(self).__mro__ if _BASE in each.__dict__)
+    cls: Any = next(each for each in type(self).__mro__ if _BASE in each.__dict__)
     reduced = super(cls, self).__reduce_ex__(protocol)
     # Only our own subclass cannot be found by name; one that somebody put on top (FSDP does) is theirs to pickle.
     if type(self) is not cls or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -111,6 +112,6 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_METHODS], *reduced[1][1:]), *reduced[2:])
 
 
-def _rebuild(base: type[nn.Module], methods: tuple[NewMethod, ...], *arguments: Any) -> nn.Module:
+def _rebuild(base: Any, methods: tuple[NewMethod, ...], *arguments: Any) -> nn.Module:
     subclass = _subclass(base, methods)
     return subclass.__new__(subclass, *arguments)

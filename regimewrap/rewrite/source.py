@@ -7,8 +7,8 @@ runs, so that a file that was edited meanwhile is noticed.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import copy
 import dis
@@ -20,7 +20,9 @@ from typing import Any
 from regimewrap.rewrite.rebind import GATE_METHOD
 from regimewrap.sites.calls import Span, body_of, in_place_target, parse, span_of
 
-_FUTURES = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+_FUTURES = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 _INCIDENTAL = {"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL"}
 
@@ -74,7 +76,7 @@ class _Rewriter(ast.NodeTransformer):
         self._self = self_name
         self._depth = 0
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802  ast dispatches on the name
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         index = self.gated.pop(span_of(node), None)
         self.generic_visit(node)
         if index is None:
@@ -83,7 +85,7 @@ class _Rewriter(ast.NodeTransformer):
         gate = ast.Call(method, [node, ast.Constant(index)], [])
         return ast.fix_missing_locations(ast.copy_location(gate, node))
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:  # noqa: N802  ast dispatches on the name
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
         keep = isinstance(node.value, ast.Call) and span_of(node.value) in self.kept
         target = in_place_target(node.value) if keep and isinstance(node.value, ast.Call) else None
         if keep:
@@ -94,10 +96,10 @@ class _Rewriter(ast.NodeTransformer):
         assign = ast.Assign([ast.Name(target, ast.Store())], node.value)
         return ast.fix_missing_locations(ast.copy_location(assign, node))
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802  ast dispatches on the name
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return self._function(node)
 
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:  # noqa: N802  ast dispatches on the name
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
         return self._function(node)
 
     def _function(self, node: Any) -> ast.AST:
@@ -128,7 +130,7 @@ def _compile(tree: ast.FunctionDef, function: types.FunctionType, owner: str) ->
     ast.increment_lineno(method, function.__code__.co_firstlineno - 1)
     home.body[0].body[0].body = [method]  # type: ignore[attr-defined]
     flags = function.__code__.co_flags & _FUTURES
-    code = compile(home, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    code: types.CodeType = compile(home, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
     for name in ("factory", owner, tree.name):
         code = next(each for each in code.co_consts if isinstance(each, types.CodeType) and each.co_name == name)
     return code.replace(co_qualname=function.__code__.co_qualname)

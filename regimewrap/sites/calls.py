@@ -83,9 +83,14 @@ def parse(function: types.FunctionType) -> ast.FunctionDef | None:
     return body[0]
 
 
+def own_methods(module: nn.Module) -> tuple[tuple[type, str, types.FunctionType], ...]:
+    """Return the methods of a module that its users wrote: defining class, name, function; overridden ones too."""
+    cls: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
+    return _own_methods(cls)
+
+
 @functools.lru_cache(maxsize=4096)
-def own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
-    """Return the methods of a class that its users wrote: defining class, name, function; overridden ones too."""
+def _own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
     return tuple(
         (home, name, value)
         for home in cls.__mro__
@@ -120,7 +125,7 @@ class Scope:
             base = self.value_of(node.value)
             if type(base) in (list, tuple, dict, nn.ModuleList, nn.Sequential, nn.ModuleDict):
                 try:
-                    return base[node.slice.value]  # type: ignore[index]
+                    return base[node.slice.value]
                 except (LookupError, TypeError):
                     return UNKNOWN
         return UNKNOWN
@@ -165,7 +170,9 @@ def find_calls(function: types.FunctionType, module: nn.Module, registered: Set[
     if not _names_activation(function) and not (held_activations(module) & _names(function.__code__)):
         return []
     if parse(function) is None:
-        kinds = {name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in _names(function.__code__)}
+        kinds = {
+            name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in _names(function.__code__)
+        }
         return [
             Call(name, kind, NOWHERE) for name, kind in sorted(kinds.items()) if kind and name not in module._modules
         ]
@@ -190,7 +197,9 @@ def find_dropped(function: types.FunctionType, module: nn.Module) -> list[tuple[
         return []
     scope = Scope(function, module)
     callees = [(node, scope.value_of(node.func)) for node in dropped]
-    return [(node, callee) for node, callee in callees if isinstance(callee, nn.Module) and catalog.kind_of_module(callee)]
+    return [
+        (node, callee) for node, callee in callees if isinstance(callee, nn.Module) and catalog.kind_of_module(callee)
+    ]
 
 
 @functools.lru_cache(maxsize=4096)

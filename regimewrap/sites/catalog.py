@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -167,6 +167,24 @@ def kind_of_function(function: Any) -> str | None:
         kind = FUNCTIONS.get(function)
     except TypeError:  # unhashable
         return None
-    if kind is None and callable(function) and not isinstance(function, type | nn.Module):
+    if kind is None and isinstance(function, torch._ops.OpOverload):
+        kind = kind_of_name(function._schema.name.rpartition(":")[2])  # aten::relu, in exported graphs
+    elif kind is None and callable(function) and not isinstance(function, type | nn.Module):
         kind = kind_of_name(getattr(function, "__name__", ""))
     return kind
+
+
+def kind_of_node(node: fx.Node, root: nn.Module | None = None) -> str | None:
+    """Return the family of the activation that a node of a graph calls, or ``None``.
+
+    Args:
+        node: a node of a ``torch.fx.Graph``.
+        root: the module in which ``call_module`` targets are looked up; without it they are passed over.
+    """
+    if node.op == "call_function":
+        return kind_of_function(node.target)
+    if node.op == "call_method":
+        return TENSOR_METHODS.get(str(node.target))
+    if node.op == "call_module" and root is not None:
+        return kind_of_module(root.get_submodule(str(node.target)))
+    return None

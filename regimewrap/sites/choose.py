@@ -52,12 +52,16 @@ def check_patterns(policy: SitePolicy, names: Sequence[str]) -> None:
     Raises:
         PolicyError: with the pattern and the nearest names.
     """
-    for field, patterns in (("include", policy.include), ("exclude", policy.exclude), ("multipliers", policy.multipliers)):
+    for field, patterns in (
+        ("include", policy.include),
+        ("exclude", policy.exclude),
+        ("multipliers", policy.multipliers),
+    ):
         for pattern in patterns:
             if pattern != "*" and not fnmatch.filter(names, pattern):
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
                 raise PolicyError(
-                    f"sites.{field}: {pattern!r} matches no activation of this model; the nearest are {', '.join(near)}."
+                    f"sites.{field}: {pattern!r} matches no activation of this model; nearest are {', '.join(near)}."
                 )
 
 

@@ -7,10 +7,20 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.calls import NOWHERE, Call, Span, body_of, find_calls, find_dropped, in_place_target, own_methods, span_of
+from regimewrap.sites.calls import (
+    NOWHERE,
+    Call,
+    Span,
+    body_of,
+    find_calls,
+    find_dropped,
+    in_place_target,
+    own_methods,
+    span_of,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Activation:
         module: dotted name of the module that it is, or that calls it.
         method: the calling method; ``None`` for a module.
         call: the call itself, for a call.
+        node: name of the graph's node, for a call in a ``GraphModule``.
         dropped: where methods call a module on a line of its own, for what it does in place.
         problem: why no mechanism can reach it, if that is known already.
     """
@@ -43,6 +54,7 @@ class Activation:
     module: str
     method: Method | None = None
     call: Call | None = None
+    node: str | None = None
     dropped: tuple[tuple[Method, Span], ...] = ()
     problem: str | None = None
 
@@ -61,6 +73,9 @@ def find(model: nn.Module) -> list[Activation]:
                 problem = "it is scripted; wrap before torch.jit.script"
                 found.append(Activation(path, label, kind, path, problem=problem))
             continue
+        if isinstance(module, fx.GraphModule):
+            found.extend(_in_graph(path, module))
+            continue
         kind = catalog.kind_of_module(module)
         if kind is None:
             found.extend(_in_methods(path, module, registered))
@@ -71,6 +86,16 @@ def find(model: nn.Module) -> list[Activation]:
     return found
 
 
+def _in_graph(path: str, module: fx.GraphModule) -> Iterator[Activation]:
+    # Activation modules that its graph calls are found as modules, like any others.
+    for node in module.graph.nodes:
+        kind = catalog.kind_of_node(node)
+        if kind is not None:
+            name = f"{path}.{node.name}" if path else node.name
+            label = getattr(node.target, "__name__", str(node.target))
+            yield Activation(name, label, kind, path, node=node.name)
+
+
 def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple[Method, Span]]], dict[int, str]]:
     """Find, by the id of an activation module, the places that drop its in-place result, and those beyond help."""
     places: dict[int, list[tuple[Method, Span]]] = defaultdict(list)
@@ -78,7 +103,7 @@ def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple
     for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for owner, name, function in own_methods(type(module)):
+        for owner, name, function in own_methods(module):
             for node, callee in find_dropped(function, module):
                 if not getattr(callee, "inplace", False):
                     continue  # without effect, gated or not
@@ -90,7 +115,7 @@ def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple
 
 def _in_methods(path: str, module: nn.Module, registered: Set[int]) -> Iterator[Activation]:
     prefix = f"{path}." if path else ""
-    for owner, name, function in own_methods(type(module)):
+    for owner, name, function in own_methods(module):
         place = f"{prefix}{name}"
         if getattr(type(module), name, None) is not function:
             if not _reached_by_super(type(module), name, owner):

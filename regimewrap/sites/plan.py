@@ -79,5 +79,8 @@ class Plan:
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in table) for column in range(4)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]) for line in table]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]])
+            for line in table
+        ]
         return "\n".join([head, *(line.rstrip() for line in lines)])

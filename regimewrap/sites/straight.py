@@ -134,7 +134,9 @@ def _call(node: ast.Call, scope: Scope) -> str | None:
         if not _from_torch(callee):
             return f"calls {text}"
         # Without an input among its arguments the call would run once, while tracing, and its result be frozen.
-        has_input = any(isinstance(each, ast.Name) and each.id in scope.locals for a in arguments for each in ast.walk(a))
+        has_input = any(
+            isinstance(each, ast.Name) and each.id in scope.locals for a in arguments for each in ast.walk(a)
+        )
         return None if has_input else f"calls {text} without an input"
     if isinstance(node.func, ast.Attribute) and not _is_self(node.func.value, scope):
         return _expression(node.func.value, scope)

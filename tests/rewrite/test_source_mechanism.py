@@ -295,7 +295,7 @@ def test_the_plan_names_the_mechanism():
     assert {row.mechanism for row in plan(DropsModuleResult())} == {"hook"}
 
 
-def test_methods_without_source_are_reported(x):
+def test_methods_without_source_are_reported():
     space = {"nn": nn, "F": F, "Branches": Branches}
     exec("class NoSource(Branches):\n    def forward(self, x):\n        return F.relu(self.linear(x))\n", space)  # noqa: S102
     model = space["NoSource"]()

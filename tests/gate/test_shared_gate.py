@@ -1,0 +1,116 @@
+"""The handle that all sites of a model share."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from regimewrap import GatePolicy, RegimePolicy, SitePolicy, TopKGate, at_keep_ratio, gate_of, wrap
+from regimewrap.errors import PolicyError, SelectionError, WrapError
+from regimewrap.gate import Site
+
+SITE = Site("act", "relu")
+
+
+def gated(
+    policy: RegimePolicy, ratio: float, x: torch.Tensor, *, training: bool = True, site: Site = SITE
+) -> torch.Tensor:
+    gate = TopKGate(policy)
+    gate.set_keep_ratio(ratio)
+    return gate(x, site, training)
+
+
+def test_the_ratio_is_a_tensor_on_the_host():
+    gate = TopKGate()
+    assert gate.keep_ratio.shape == ()
+    assert gate.keep_ratio.dtype == torch.float64
+    assert gate.keep_ratio.device.type == "cpu"
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.5, float("nan"), float("inf"), "a lot", None, True])
+def test_a_ratio_outside_its_range_is_refused_and_changes_nothing(bad):
+    gate = TopKGate()
+    gate.set_keep_ratio(0.5)
+    with pytest.raises(PolicyError, match="keep_ratio"):
+        gate.set_keep_ratio(bad)
+    assert gate.keep_ratio == 0.5
+
+
+@pytest.mark.parametrize(("scope", "kept"), [("sample", [2, 2]), ("position", [4, 4]), ("batch", [4, 0])])
+def test_scopes_say_what_competes(scope, kept):
+    x = torch.tensor([[[9.0, 8.0], [7.0, 6.0]], [[1.0, 2.0], [3.0, 4.0]]])
+    y = gated(RegimePolicy(gate=GatePolicy(scope=scope)), 0.5, x)
+    if scope == "position":
+        assert (y != 0).sum(-1).unique().tolist() == [1]
+    else:
+        assert (y != 0).flatten(1).sum(1).tolist() == kept
+
+
+def test_position_scope_selects_over_the_channels_of_images():
+    x = torch.rand(2, 8, 3, 3) + 0.1
+    y = gated(RegimePolicy(gate=GatePolicy(scope="position")), 0.25, x)
+    assert (y != 0).sum(1).unique().tolist() == [2]
+
+
+@pytest.mark.parametrize(("eval_keep_ratio", "kept"), [(1.0, 10), (0.5, 5), ("current", 2)])
+def test_eval_mode_has_its_own_ratio(eval_keep_ratio, kept):
+    x = torch.rand(1, 10) + 0.1
+    y = gated(RegimePolicy(gate=GatePolicy(eval_keep_ratio=eval_keep_ratio)), 0.2, x, training=False)
+    assert (y != 0).sum() == kept
+
+
+def test_multipliers_scale_the_ratio_but_not_the_full_budget():
+    x = torch.rand(1, 100) + 0.1
+    half = Site("act", "relu", multiplier=0.5)
+    assert (gated(RegimePolicy(), 0.4, x, site=half) != 0).sum() == 20
+    assert torch.equal(gated(RegimePolicy(), 1.0, x, site=half), x)
+
+
+def test_at_keep_ratio_restores_after_an_exception():
+    model = wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    gate_of(model).set_keep_ratio(0.7)
+    with pytest.raises(KeyError), at_keep_ratio(model, 0.1):
+        with at_keep_ratio(model, 0.2):
+            assert gate_of(model).keep_ratio == 0.2
+        assert gate_of(model).keep_ratio == 0.1
+        raise KeyError
+    assert gate_of(model).keep_ratio == 0.7
+
+
+def test_at_keep_ratio_holds_in_eval_mode():
+    model = wrap(nn.Sequential(nn.Linear(4, 100), nn.ReLU())).eval()
+    with at_keep_ratio(model, 0.1):
+        assert (model(torch.randn(1, 4)) != 0).sum() == 10
+
+
+def test_what_is_not_a_floating_tensor_names_the_site():
+    with pytest.raises(SelectionError, match=r"act: .*int64"):
+        gated(RegimePolicy(), 0.5, torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(SelectionError, match=r"act: .*tuple"):
+        gated(RegimePolicy(), 0.5, (torch.ones(2), torch.ones(2)))
+
+
+def test_empty_batches_pass():
+    assert gated(RegimePolicy(), 0.5, torch.empty(0, 4)).shape == (0, 4)
+    assert gated(RegimePolicy(sites=SitePolicy(min_units=3)), 0.5, torch.empty(0, 4)).shape == (0, 4)
+
+
+def test_copies_and_pickles_keep_the_ratio_and_drop_observers():
+    gate = TopKGate()
+    gate.set_keep_ratio(0.3)
+    gate.observers.append(print)
+    for twin in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):  # noqa: S301  our own bytes
+        assert twin.keep_ratio == 0.3
+        assert twin.keep_ratio is not gate.keep_ratio
+        assert not twin.observers
+
+
+def test_two_wrapped_models_in_one_are_told_apart():
+    pair = nn.ModuleList([wrap(nn.Sequential(nn.ReLU())), wrap(nn.Sequential(nn.ReLU()))])
+    with pytest.raises(WrapError, match="2 separately wrapped"):
+        gate_of(pair)
+    assert gate_of(pair[0]) is not gate_of(pair[1])
