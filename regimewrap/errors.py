@@ -14,7 +14,8 @@
     ├── StateError (ValueError)          a saved state that belongs to something else, or is damaged
     ├── SyncError (RuntimeError)         ranks disagree or do not answer
     ├── DataError (ValueError)           a data path, archive or image that cannot be used
-    └── MissingExtraError (ImportError)  an optional package is needed
+    ├── MissingExtraError (ImportError)  an optional package is needed
+    └── UnsupportedVersionError (ImportError)  an optional package is too old
 
 Messages say what came, what was expected and how to mend it, on one line where that is possible.
 """
@@ -75,3 +76,13 @@ class MissingExtraError(RegimewrapError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'regimewrap[{extra}]'")
+
+
+class UnsupportedVersionError(RegimewrapError, ImportError):
+    """An optional package is older than what is supported; the message names both versions."""
+
+    def __init__(self, package: str, found: str, at_least: str, extra: str) -> None:
+        super().__init__(
+            f"{package} {found} is installed and regimewrap supports {at_least} or newer; "
+            f"run: pip install -U 'regimewrap[{extra}]'"
+        )
