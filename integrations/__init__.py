@@ -1,1 +1,1 @@
-"""Thin adapters over regimewrap's public names, one module a framework; import one as ``regimewrap.integrations.NAME``."""
+"""Thin adapters over regimewrap's public names, one module a framework: ``regimewrap.integrations.NAME``."""
