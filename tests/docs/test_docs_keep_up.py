@@ -49,6 +49,15 @@ def test_the_presets_are_explained():
     assert [name for name in PRESETS if f"| `{name}`" not in page] == []
 
 
+@pytest.mark.parametrize("picture_or_page", ["explanation/architecture.md", "assets/architecture.svg"])
+def test_every_room_is_in_the_architecture(picture_or_page: str):
+    rooms = {
+        path.stem for path in (ROOT / "regimewrap").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    named = set(re.findall(r"[`>](\w+)[`<]", (DOCS / picture_or_page).read_text()))
+    assert {room for room in rooms if not room.startswith("_")} - named == set()
+
+
 def test_every_page_is_in_the_navigation():
     def pages(entry: object) -> list[str]:
         if isinstance(entry, str):
