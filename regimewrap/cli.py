@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 _INTERRUPTED = 130
+_FEWEST_STEPS = 800
 
 app = typer.Typer(add_completion=False, help="Train one PyTorch network across many activation budgets.")
 policy_app = typer.Typer(help="Show and check policies.")
@@ -223,10 +224,10 @@ def _train_one(
     console: Console, images: ImageData, policy: str, settings: TrainSettings, seed: int
 ) -> tuple[Trained, Arm]:
     total = settings.total_steps(len(images.train))
-    chosen = _policy_named(policy, total)
+    chosen = _policy_named(policy, max(total, _FEWEST_STEPS))
     say(console, str(make_plan(build_model(settings.arch, images), chosen)).splitlines()[0] + ".")
-    if chosen.cycle.every > total:
-        say(console, f"Note: the policy decides every {chosen.cycle.every} updates, and this run makes {total}.")
+    decisions = total // chosen.cycle.every
+    say(console, f"{total} updates; the policy decides every {chosen.cycle.every}, so {decisions} times.")
     arm = Arm(
         name=policy if policy in PRESETS else Path(policy).stem,
         about=f"Strategy {chosen.cycle.strategy.kind}, watching {chosen.cycle.monitor}.",

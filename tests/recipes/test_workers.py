@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from regimewrap.errors import RegimewrapError
+from regimewrap.policy import RegimePolicy
+from regimewrap.recipes.data import load_data
+from regimewrap.recipes.training import Status, TrainSettings, train_run
+from regimewrap.recipes.workers import Job, Work, default_workers, train_jobs
+from regimewrap.results import Run
+
+WORK = Work("digits", 40, TrainSettings(arch="wrn-10-1", epochs=2, batch_size=10, lr=0.05, keep_ratios=(1.0,)))
+JOBS = [Job("reset", RegimePolicy.preset("loss-reset", total_steps=8), seed) for seed in range(3)]
+
+
+def timeless(run: Run) -> Run:
+    return run.model_copy(update={"train_seconds": 0.0})
+
+
+def test_runs_made_at_once_equal_runs_made_here_one_by_one():
+    reports = list(train_jobs(JOBS, WORK, 2))
+
+    found = {job.seed: timeless(message) for job, message in reports if isinstance(message, Run)}
+    data = load_data("digits", limit=40)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = {j.seed: timeless(train_run(j.arm, j.policy, data, WORK.settings, seed=j.seed).run) for j in JOBS}
+    finally:
+        torch.set_num_threads(threads)
+    assert found == here
+    assert isinstance(reports[0][1], Status)
+    assert multiprocessing.active_children() == []
+
+
+def test_what_is_wrong_with_a_run_is_said_with_its_name():
+    work = replace(WORK, settings=replace(WORK.settings, lr=1e30))
+
+    with pytest.raises(RegimewrapError, match=r"reset, seed 0: the training loss became"):
+        list(train_jobs(JOBS, work, 1))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_dies_is_an_error_and_not_a_wait():
+    reports = train_jobs(JOBS, replace(WORK, settings=replace(WORK.settings, epochs=10_000)), 1)
+    next(reports)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(RegimewrapError, match="the process that trained it died"):
+        list(reports)
+    assert multiprocessing.active_children() == []
+
+
+def test_no_more_runs_are_made_at_once_than_cores_or_four():
+    assert 1 <= default_workers() <= min(4, os.cpu_count())
