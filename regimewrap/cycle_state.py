@@ -6,6 +6,7 @@ No arithmetic and no gates here: ``cycler`` makes these values, this room checks
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -98,8 +99,21 @@ class State:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one rank alone remembers: values that wait for the next decision, and how many were left out."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    pending: list[float | None]
+    skipped: _Tally
+
+
+@dataclass(frozen=True)
 class Saved:
-    """A saved cycler, as it is checked when it comes back."""
+    """A saved cycler, as it is checked when it comes back.
+
+    ``pending`` and ``state.skipped`` are those of the rank that saved; ``ranks`` has everyone's, if all saved together.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -109,6 +123,25 @@ class Saved:
     pending: list[float | None]
     state: State
     history: list[Decision]
+    ranks: list[Share] | None = None
+
+    def share(self, rank: int, ranks: int) -> Share:
+        """Return what a rank goes on with.
+
+        When as many ranks saved together, that is its own. When others did, it is the mean of what they had, so that
+        the next signal is nearly what it would have been. When one saved alone, all go on with what that one had.
+        """
+        if self.ranks is None:
+            return Share(self.pending, self.state.skipped)
+        if len(self.ranks) == ranks:
+            return self.ranks[rank]
+        at_each_update = zip(*(share.pending for share in self.ranks), strict=True)
+        pending = [_mean([value for value in values if value is not None]) for values in at_each_update]
+        return Share(pending, self.state.skipped)
+
+
+def _mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 @cache
@@ -161,10 +194,13 @@ def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:
     waiting = waiting if policy.strategy.needs_signal else 0
     if len(saved.history) != decisions:
         yield f"{saved.updates} updates make {decisions} decisions, its history has {len(saved.history)}"
-    if len(saved.pending) != waiting:
-        yield f"{waiting} values wait for the next decision after {saved.updates} updates, it has {len(saved.pending)}"
+    for pending in [saved.pending, *(share.pending for share in saved.ranks or ())]:
+        if len(pending) != waiting:
+            yield f"{waiting} values wait for the next decision after {saved.updates} updates, it has {len(pending)}"
     if any(record.step != number * policy.every for number, record in enumerate(saved.history, 1)):
         yield f"its history is not one decision every {policy.every} updates"
+    if saved.ranks == []:
+        yield "it was saved by no rank at all"
     state, last = saved.state, saved.history[-1] if saved.history else State.at_start(policy)
     if any(getattr(state, name) != getattr(last, name) for name in ("keep_ratio", "phase", "cycle", "best")):
         yield "its running state is not where its history ends"

@@ -14,10 +14,10 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from regimewrap.cycle_state import LARGEST, Decision, Regime, Saved, State, plain, restored
+from regimewrap import ranks
+from regimewrap.cycle_state import LARGEST, Decision, Regime, Saved, Share, State, plain, restored
 from regimewrap.errors import PolicyError, SignalError
 from regimewrap.gate import TopKGate, gate_of
 from regimewrap.policy import CyclePolicy, RegimePolicy
@@ -110,6 +110,8 @@ class RegimeCycler:
             SignalError: the monitored value is missing, or is not one real number; or, found when a decision is due,
                 an accuracy is above 1, or a value is not finite and the policy says ``on_nonfinite="raise"``. The
                 cycler is as it was.
+            SyncError: found when a decision is due: the ranks differ in policy or in where they are, or one of them
+                does not come before the process group's timeout; the message names it.
         """
         value = self._checked(loss, metrics) if self.policy.strategy.needs_signal else None
         if (self._updates + 1) % self.policy.every == 0:
@@ -119,28 +121,60 @@ class RegimeCycler:
         self._updates += 1
         return self._between
 
-    def state_dict(self) -> dict[str, Any]:
+    def check_sync(self) -> None:
+        """Check that all ranks have the same policy, the same sites, and are at the same point of the cycle.
+
+        All ranks must call this. Ranks agree without it; it finds out before the first decision what would fail there,
+        such as a checkpoint that was loaded on some ranks only. Without several ranks it does nothing.
+
+        Raises:
+            SyncError: the message says which ranks have what, or which one does not answer.
+        """
+        ranks.require_same(
+            {
+                **self._place(),
+                **_flat("cycle", self.policy.model_dump(mode="json")),
+                **_flat("gate", self._gates[0].policy.gate.model_dump(mode="json")),
+                "sites": [site.name for site in self._gates[0].sites],
+            },
+            f"check_sync at update {self._updates}",
+        )
+
+    def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
         """Return all running state as plain JSON types, also between two decisions.
 
-        It is the same on all ranks right after a decision, except for ``skipped``. In between, each rank's pending
-        values are its own: an exact resume of many ranks saves each rank's state then.
+        Args:
+            all_ranks: include what each of the other ranks alone remembers; all ranks must call this. Between two
+                decisions each rank has values of its own that wait for the next one. With them, one file that rank 0
+                writes resumes every rank exactly; else each rank's own state does.
+
+        Raises:
+            SyncError: ``all_ranks``, and one of them does not answer.
         """
         pending = [value if math.isfinite(value) else None for value in _fetched(self._pending)]
+        shares = None
+        if all_ranks and ranks.world_size() > 1:
+            shares = ranks.gathered(
+                Share(pending, self.skipped), f"state_dict(all_ranks=True) at update {self._updates}"
+            )
         policy = self.policy.model_dump(mode="json")
-        return plain(Saved(1, policy, self._updates, pending, self._state, self._history))
+        return plain(Saved(1, policy, self._updates, pending, self._state, self._history, shares))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, exactly as if the run had never stopped, and set the gates.
 
         Args:
-            state: from ``state_dict``, or the same after a way through JSON.
+            state: from ``state_dict``, or the same after a way through JSON. If all ranks saved it together, each
+                takes its own part; if they were more or fewer then, each takes the mean.
 
         Raises:
             StateError: it belongs to another policy or version, or is damaged. The cycler is as it was.
         """
         saved = restored(state, self.policy)
-        pending = [math.nan if value is None else value for value in saved.pending]
-        self._take(saved.state, updates=saved.updates, pending=pending, history=saved.history)
+        share = saved.share(ranks.rank(), ranks.world_size())
+        pending = [math.nan if value is None else value for value in share.pending]
+        state_here = replace(saved.state, skipped=share.skipped)
+        self._take(state_here, updates=saved.updates, pending=pending, history=saved.history)
 
     def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float], history: list[Decision]) -> None:
         for gate in self._gates:
@@ -210,9 +244,12 @@ class RegimeCycler:
                 problem = problem or f"{name} must be a fraction in [0, 1]; got {new:g} at update {number}.{hint}"
             smoothed = new if smoothed is None else smoothing * smoothed + (1 - smoothing) * new
             seen = True
-        signal, refused = _over_ranks(smoothed if seen else None, problem is not None)
+        mine, update = (smoothed if seen else None), self._updates + 1
+        signal, refused, alike = ranks.mean(mine, problem is not None, repr((self._place(), self.policy)), update)
+        if not alike:
+            self.check_sync()
         if refused:
-            raise SignalError(problem or f"another rank refused its {name} at update {self._updates + 1} or before.")
+            raise SignalError(problem or f"another rank refused its {name} at update {update} or before.")
         if signal is None:
             return replace(self._state, skipped=skipped), None
         better = max if self.policy.mode == "max" else min
@@ -239,8 +276,22 @@ class RegimeCycler:
             raise PolicyError(f"strategy {strategy.kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")
         if move.event not in EVENTS:
             raise PolicyError(f"strategy {strategy.kind!r} must name one of {EVENTS}; got {shown(move.event)}.")
-        move = Move(float(move.keep_ratio), move.event)
-        return _from_rank_0(move) if strategy.needs_signal else move
+        if not strategy.needs_signal:
+            return Move(float(move.keep_ratio), move.event)
+        keep_ratio, event = ranks.from_rank_0((move.keep_ratio, EVENTS.index(move.event)), self._updates + 1)
+        return Move(keep_ratio, EVENTS[int(event)])
+
+    def _place(self) -> dict[str, object]:
+        """Return where in the cycle we are, as far as it must be the same on all ranks."""
+        state = self._state
+        return {
+            "update": self._updates,
+            "keep ratio": float(self._gates[0].keep_ratio),
+            "phase": state.phase,
+            "cycle": state.cycle,
+            "held": state.held,
+            "last raise": state.last_raise,
+        }
 
     def _fall(self, state: State, signal: float) -> float:
         """Return how far the signal is behind its best, in the unit of the tolerance."""
@@ -273,34 +324,8 @@ def _fetched(values: Sequence[Tensor | float]) -> list[float]:
     return fetched
 
 
-# Ranks
-
-
-def _many_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _exchange(*numbers: float) -> Tensor:
-    """Return the numbers as a tensor where the default process group can reach it."""
-    on_cpu = any(backend in str(dist.get_backend_config()) for backend in ("cpu:", "gloo", "mpi"))
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
-
-
-def _over_ranks(smoothed: float | None, refused: bool) -> tuple[float | None, bool]:
-    """Return the mean over the ranks that have a value, and whether any rank refuses."""
-    if not _many_ranks():
-        return smoothed, refused
-    shared = _exchange(smoothed or 0.0, smoothed is not None, refused)
-    dist.all_reduce(shared)
-    total, count, refusals = shared.tolist()
-    return (total / count if count else None), refusals > 0
-
-
-def _from_rank_0(move: Move) -> Move:
-    if not _many_ranks():
-        return move
-    shared = _exchange(move.keep_ratio, EVENTS.index(move.event))
-    dist.broadcast(shared, src=0)
-    keep_ratio, event = shared.tolist()
-    return Move(keep_ratio, EVENTS[int(event)])
+def _flat(name: str, value: object) -> dict[str, object]:
+    """Return nested settings as one level, by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: each for key, inner in value.items() for path, each in _flat(f"{name}.{key}", inner).items()}

@@ -17,7 +17,7 @@ PACKAGE = Path(regimewrap.__file__).parent
 # A room imports from rows above its own, and from itself. "regimewrap" is the front door, __init__.py.
 ORDER = [
     {"_version", "errors", "results"},
-    {"settings", "topk"},
+    {"ranks", "settings", "topk"},
     {"strategies"},
     {"policy"},
     {"gate"},
