@@ -7,14 +7,14 @@ and the kernels); this file gives it a schema, a fake kernel and a derivative, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence  # noqa: TC003  custom_op reads annotations when it runs
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regimewrap.errors import SelectionError
-from regimewrap.topk import plain
+from regimewrap.topk import cpu, plain
 from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio
 
 
@@ -58,8 +58,73 @@ def topk_gate(
     check_keep_ratio(keep_ratio)
     if _gives_full_budget(keep_ratio):
         return x
-    masked = gradient == "masked" and torch.is_grad_enabled()
-    y: Tensor = _topk_gate(x, keep_ratio, *selection, multiplier, masked)[0]
+    saved = "mask" if gradient == "masked" and torch.is_grad_enabled() else "nothing"
+    y: Tensor = _select(x, keep_ratio, *selection, multiplier, saved)[0]
+    return y
+
+
+def relu_gate(
+    x: Tensor,
+    keep_ratio: Tensor,
+    *,
+    scope: str = "sample",
+    channel_dim: int = 1,
+    relative_to: str = "all",
+    ties: str = "keep",
+    gradient: str = "masked",
+    multiplier: float = 1.0,
+) -> Tensor:
+    """Return ``topk_gate(relu(x), ...)`` in one pass, saving for backward no more than ReLU alone does.
+
+    Arguments, result and errors are those of :func:`topk_gate`; scores after a ReLU need no choice. At full budget,
+    outside compilation, it is ``relu(x)`` itself.
+
+    A ReLU saves its output; followed by a gate, that is a tensor that nothing else needs, beside the gated one, which
+    the next layer saves. Here the gated output is both: its zeros are the mask.
+    """
+    selection = Selection(scope, channel_dim, "value", relative_to, ties)
+    check_selection(x, selection, multiplier)
+    check_gradient(gradient)
+    check_keep_ratio(keep_ratio)
+    if _gives_full_budget(keep_ratio):
+        return torch.relu(x)
+    if gradient == "straight_through":
+        return topk_gate(
+            torch.relu(x),
+            keep_ratio,
+            scope=scope,
+            channel_dim=channel_dim,
+            relative_to=relative_to,
+            ties=ties,
+            gradient=gradient,
+            multiplier=multiplier,
+        )
+    y: Tensor = _select(x, keep_ratio, *selection._replace(score="positive"), multiplier, "output")[0]
+    return y
+
+
+def pre_relu_gate(
+    x: Tensor,
+    keep_ratio: Tensor,
+    *,
+    scope: str = "sample",
+    channel_dim: int = 1,
+    relative_to: str = "all",
+    ties: str = "keep",
+    multiplier: float = 1.0,
+) -> Tensor:
+    """Return a tensor whose ReLU is ``topk_gate(relu(x), ...)``; for use in front of a ReLU that cannot be replaced.
+
+    Arguments and errors are those of :func:`topk_gate`, with gradient "masked". The gradient passes unchanged and
+    nothing is saved for backward: what is cut enters the ReLU as zero, so that the ReLU's own backward masks it.
+    Without a ReLU behind it, the gradient would be wrong. At full budget, outside compilation, the result is ``x``.
+    """
+    selection = Selection(scope, channel_dim, "value", relative_to, ties)
+    check_selection(x, selection, multiplier)
+    check_keep_ratio(keep_ratio)
+    if _gives_full_budget(keep_ratio):
+        return x
+    y: Tensor = _select(x, keep_ratio, *selection._replace(score="positive"), multiplier, "nothing")[0]
     return y
 
 
@@ -85,6 +150,8 @@ def _gives_full_budget(keep_ratio: Tensor) -> bool:
     """Whether the operator may be skipped now; a graph that outlives this call must not remember that."""
     if torch.compiler.is_compiling() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
         return False
+    if torch._C._functorch.is_batchedtensor(keep_ratio):  # vmap maps over ratios too
+        return False
     # make_fx and other tracers sit on this stack and would record the bypass; there is no public way to ask.
     return torch._C._len_torch_dispatch_stack() == 0 and keep_ratio.item() >= 1.0
 
@@ -99,48 +166,63 @@ def _topk_gate(
     relative_to: str,
     ties: str,
     multiplier: float,
-    with_mask: bool,
+    saved: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gated tensor, and which units were kept: one bit each in the order of memory, or no byte at all."""
-    selection = Selection(scope, channel_dim, score, relative_to, ties)
+    """Return the gated tensor, and which units were kept if that is to be saved, else an empty tensor.
+
+    ``saved`` names what backward will mask with: the "mask" (one bit for each unit in the order of memory), the
+    "output" (after a ReLU its zeros are the mask), or "nothing", so that the gradient passes unchanged. ``score`` may
+    be "positive": apply a ReLU and rank what it leaves.
+    """
+    y, bits = torch.empty_like(x), _empty_bits(x, saved)
     ratio = effective_ratio(keep_ratio.item(), multiplier)
-    y = torch.empty_like(x)
-    bits = x.new_empty(_mask_bytes(x, with_mask), dtype=torch.uint8)
+    selection = Selection(scope, channel_dim, score, relative_to, ties)
     if ratio == 1.0 or x.numel() == 0:
-        return y.copy_(x), bits.fill_(0xFF)
-    mask = torch.empty_like(x, dtype=torch.bool).copy_(plain.kept(x, ratio, selection))
+        return torch.relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
+    if x.is_cpu and cpu.gate(x, y, bits, ratio, selection):
+        return y, bits
+    if score == "positive":
+        x, selection = torch.relu(x), selection._replace(score="value")
+    mask = torch.empty_like(y, dtype=torch.bool).copy_(plain.kept(x, ratio, selection))
     torch.where(mask, x, x.new_zeros(()), out=y)
-    if with_mask:
+    if bits.numel():
         bits.copy_(plain.pack_bits(_in_memory_order(mask)))
     return y, bits
 
 
 @_topk_gate.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(_mask_bytes(x, with_mask=arguments[-1]), dtype=torch.uint8)
+    return torch.empty_like(x), _empty_bits(x, arguments[-1])
 
 
-def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _empty_bits(x: Tensor, saved: str) -> Tensor:
+    return x.new_empty((x.numel() + 7) // 8 if saved == "mask" else 0, dtype=torch.uint8)
+
+
+def _save_for_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     y, bits = output
-    ctx.with_mask = inputs[-1]
-    if ctx.with_mask:
-        ctx.stride = y.stride()
-        ctx.save_for_backward(bits)
+    ctx.saved, ctx.stride = inputs[-1], y.stride()
+    kept = {"output": (y,), "mask": (bits,), "nothing": ()}[ctx.saved]
+    ctx.save_for_backward(*kept)
+    ctx.save_for_forward(*kept)
 
 
-def _topk_gate_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    if ctx.with_mask:
-        grad = _masked_gradient(grad, ctx.saved_tensors[0], ctx.stride)
+def _gate_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if ctx.saved == "output":
+        grad = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
+    elif ctx.saved == "mask":
+        grad = _mask(grad, ctx.saved_tensors[0], ctx.stride)
     return (grad, *[None] * 8)
-
-
-_topk_gate.register_autograd(_topk_gate_backward, setup_context=_save_mask)
 
 
 @torch.library.custom_op("regimewrap::masked_gradient", mutates_args=())
 def _masked_gradient(grad: Tensor, bits: Tensor, stride: Sequence[int]) -> Tensor:
     """Return ``grad`` where a bit is set and zero elsewhere; ``stride`` is that of the tensor the bits came from."""
     masked = grad.new_empty_strided(grad.shape, stride)
+    if grad.stride() != masked.stride() or grad.is_neg():
+        grad = torch.empty_like(masked).copy_(grad)
+    if grad.is_cpu and grad.numel() and cpu.mask_gradient(grad, bits, masked):
+        return masked
     mask = torch.empty_like(masked, dtype=torch.bool)
     _in_memory_order(mask).copy_(plain.unpack_bits(bits, grad.numel()))
     torch.where(mask, grad, grad.new_zeros(()), out=masked)
@@ -156,20 +238,63 @@ def _save_bits(ctx: Any, inputs: tuple[Tensor, Tensor, Sequence[int]], output: T
     del output
     _, bits, ctx.stride = inputs
     ctx.save_for_backward(bits)
+    ctx.save_for_forward(bits)
 
 
-def _masked_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _mask_backward(ctx: Any, grad: Tensor, _: Any = None) -> tuple[Tensor, None, None]:
     # Masking is linear, so its derivative is the same mask.
-    return _masked_gradient(grad, ctx.saved_tensors[0], ctx.stride), None, None
-
-
-_masked_gradient.register_autograd(_masked_gradient_backward, setup_context=_save_bits)
-
-
-def _mask_bytes(x: Tensor, with_mask: bool) -> int:
-    return (x.numel() + 7) // 8 if with_mask else 0
+    return _mask(grad, ctx.saved_tensors[0], ctx.stride), None, None
 
 
 def _in_memory_order(dense: Tensor) -> Tensor:
     """View a tensor that fills its memory without gaps as one dimension."""
     return dense.as_strided((dense.numel(),), (1,))
+
+
+def _differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an operator its derivative and its rule for vmap; return what calls it."""
+
+    def one_by_one(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        """Map over a new dimension; its entries never compete with each other."""
+        results = []
+        for entry in range(info.batch_size):
+            picked = list(arguments)
+            for i, dim in enumerate(in_dims):
+                if isinstance(dim, int):
+                    # Contiguous, so that bits are in the order of the stacked result's memory.
+                    picked[i] = arguments[i].select(dim, entry).contiguous()
+            results.append(call(*picked))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+
+    operator.register_autograd(backward, setup_context=save)
+    operator.register_vmap(one_by_one)
+
+    def forward_derivative(ctx: Any, tangent: Tensor, *_: Any) -> Any:
+        # What maps gradients back maps tangents forth: both are the same diagonal matrix.
+        tangent = backward(ctx, tangent, None)[0]
+        return tangent if operator is _masked_gradient else (tangent, None)
+
+    members = {
+        "forward": operator,
+        "setup_context": save,
+        "backward": backward,
+        "jvp": forward_derivative,
+        "vmap": one_by_one,
+    }
+    functional: Any = type(
+        "Functional", (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}
+    )
+
+    def call(*arguments: Any) -> Any:
+        # The derivative of a library operator refuses torch.func's transforms (2.14); an autograd.Function takes them.
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            return functional.apply(*arguments)
+        return operator(*arguments)
+
+    return call
+
+
+_select = _differentiable(_topk_gate, _save_for_gate, _gate_backward)
+_mask = _differentiable(_masked_gradient, _save_bits, _mask_backward)

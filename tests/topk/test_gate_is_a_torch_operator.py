@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from regimewrap.topk.op import topk_gate
+from regimewrap.topk.op import pre_relu_gate, relu_gate, topk_gate
 from regimewrap.topk.reference import kept
 
 SCOPES = ["sample", "position", "batch"]
@@ -24,14 +24,14 @@ def ratio(value: float) -> torch.Tensor:
 
 @opcheck_warns
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("saved", ["mask", "output", "nothing"])
 @pytest.mark.parametrize("ties", ["keep", "exact"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_opcheck_finds_nothing(scope, ties, memory_format):
-    x = torch.randn(2, 3, 5, 4).to(memory_format=memory_format)
-    for requires_grad in (False, True):
-        x = x.detach().requires_grad_(requires_grad)
-        arguments = (x, ratio(0.3), scope, 1, "magnitude", "all", ties, 1.0, requires_grad)
-        torch.library.opcheck(torch.ops.regimewrap.topk_gate.default, arguments)
+def test_opcheck_finds_nothing(scope, ties, saved, memory_format):
+    score = "positive" if saved == "output" else "magnitude"
+    x = torch.randn(2, 3, 5, 4).to(memory_format=memory_format).requires_grad_(saved != "nothing")
+    arguments = (x, ratio(0.3), scope, 1, score, "all", ties, 1.0, saved)
+    torch.library.opcheck(torch.ops.regimewrap.topk_gate.default, arguments)
 
 
 @opcheck_warns
@@ -135,14 +135,61 @@ def test_autocast_leaves_the_dtype_alone():
             assert topk_gate(torch.randn(2, 8, dtype=dtype), ratio(0.5)).dtype == dtype
 
 
-def test_an_unneeded_gradient_saves_nothing():
+def saved_for_backward(function, x):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        x = torch.randn(4, 64, requires_grad=True)
-        topk_gate(x, ratio(0.5), gradient="straight_through")
-        assert not saved
-        topk_gate(x, ratio(0.5))
+        y = function(x.requires_grad_())
+    return saved, y
+
+
+def test_a_masked_gradient_costs_one_bit_for_each_unit():
+    x = torch.randn(4, 63)
+    saved, _ = saved_for_backward(lambda x: topk_gate(x, ratio(0.5)), x)
     assert [(t.dtype, t.numel()) for t in saved] == [(torch.uint8, 32)]
+    assert saved_for_backward(lambda x: topk_gate(x, ratio(0.5), gradient="straight_through"), x)[0] == []
+
+
+def test_gates_on_a_relu_save_nothing_but_its_output():
+    x = torch.randn(4, 63)
+    for function in (lambda x: relu_gate(x, ratio(0.5)), lambda x: torch.relu(pre_relu_gate(x, ratio(0.5)))):
+        saved, y = saved_for_backward(function, x)
+        assert [t.data_ptr() for t in saved] == [y.data_ptr()]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("function", [topk_gate, relu_gate, lambda *a, **k: torch.relu(pre_relu_gate(*a, **k))])
+def test_vmap_and_grad_compose_in_any_order(function, scope):
+    x = torch.randn(5, 3, 7, 4, 6)
+
+    def loss(x):
+        return (function(x, ratio(0.3), scope=scope) ** 2).sum()
+
+    for dim in (0, 2, 4):
+        entries = [function(entry, ratio(0.3), scope=scope) for entry in x.unbind(dim)]
+        mapped = torch.vmap(lambda entry: function(entry, ratio(0.3), scope=scope), in_dims=dim)(x)
+        assert torch.equal(mapped, torch.stack(entries))
+        assert torch.equal(torch.vmap(torch.func.grad(loss), in_dims=dim)(x), 2 * mapped)
+        grad = torch.func.grad(lambda x, dim=dim: torch.vmap(loss, in_dims=dim)(x).sum())(x)
+        assert torch.equal(grad, 2 * mapped.movedim(0, dim))
+
+
+def test_vmap_maps_over_keep_ratios():
+    x, ratios = torch.randn(2, 10), torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    mapped = torch.vmap(lambda r: topk_gate(x, r))(ratios)
+    assert torch.equal(mapped, torch.stack([topk_gate(x, r) for r in ratios]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
+def test_hessians_come_out_in_every_mode():
+    x = torch.randn(2, 4)
+
+    def loss(x):
+        return (topk_gate(x, ratio(0.5)) ** 3).sum()
+
+    expected = torch.diag(6 * topk_gate(x, ratio(0.5)).flatten()).reshape(2, 4, 2, 4)
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        for inner in (torch.func.jacrev, torch.func.jacfwd):
+            assert torch.equal(outer(inner(loss))(x), expected)
 
 
 def test_a_graph_holding_the_gate_can_be_copied():

@@ -1,0 +1,192 @@
+"""The way to the compiled CPU kernels: which tensors they serve, how rows are shared among threads, what if they fail.
+
+This file must be cheap to import and never import numba by itself: that takes half a second, and compiling a few more,
+once per dtype and machine (numba keeps the result on disk). Where no kernel serves, the caller selects in plain torch.
+
+Why numba: 16 rows of 65,536 float32 after a ReLU at keep ratio 0.2, one thread of an AMD EPYC with AVX-512 that other
+work shared, torch 2.14.1, numba 0.68, nanoseconds per element: numba 0.6, the same search in C++ through
+``torch.utils.cpp_extension`` 0.8, bisection in torch operations through Inductor 10, ``torch.topk`` 19. Numba is
+installed as a wheel and compiles in 3 s; the other two took 53 s and 58 s and need a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regimewrap.topk.selection import Selection, row_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Elements below which a tensor does not make us load numba.
+_WORTH_LOADING = 1 << 12
+#: Elements that keep a thread busy for longer than it takes to wake it.
+_GRAIN = 1 << 16
+
+_INTEGERS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0 << 48),
+}
+_SCORES = {"magnitude": 0, "value": 1, "positive": 2}
+
+_state: dict[str, Any] = {"kernels": None, "usable": sys.byteorder == "little"}
+
+
+def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection) -> bool:
+    """Write the gated ``x`` to ``y``, and which units were kept to ``bits`` unless that is empty.
+
+    Args:
+        x: on the CPU, any strides, at least one element.
+        y: ``torch.empty_like(x)``.
+        bits: uint8, one bit for each element in the order of ``y``'s memory, or empty.
+        ratio: effective keep ratio, in (0, 1).
+        selection: what is ranked with what.
+
+    Returns:
+        False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
+    """
+    kernels = _kernels(x)
+    blocks = _blocks(x, y, selection)
+    if kernels is None or blocks is None:
+        return False
+    outer, units, inner = blocks
+    integer, infinity = _INTEGERS[x.dtype]
+    if x.stride() != y.stride() or x.is_neg():
+        x = torch.empty_like(y).copy_(x)
+    source, result = _flat(x, integer), _flat(y, integer)
+    scalar = source.dtype.type
+    settings = (
+        units,
+        ratio,
+        selection.relative_to == "active",
+        selection.ties == "exact",
+        _SCORES[selection.score],
+        scalar(infinity),
+        scalar((1 << 8 * x.element_size() - 1) - 1),
+    )
+    packed = bits.numpy()
+    # Rows that do not fill bytes are packed eight at a time.
+    step = 1 if packed.size == 0 or units * inner % 8 == 0 else 8
+
+    def run(start: int, stop: int) -> None:
+        if inner == 1:
+            kernels.gate_rows(source, result, packed, start, stop, *settings)
+        else:
+            kernels.gate_positions(source, result, packed, start, stop, *settings, inner)
+
+    return _share(run, outer, step, x.numel())
+
+
+def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
+    """Write ``grad`` to ``out`` where a bit is set, and zero elsewhere.
+
+    Args:
+        grad: on the CPU, at least one element, strides of ``out``, no lazy negation.
+        bits: as ``gate`` wrote them.
+        out: fills its memory without gaps.
+
+    Returns:
+        False if no kernel serves this tensor; ``out`` is then undefined.
+    """
+    kernels = _kernels(grad)
+    if kernels is None or grad.dtype not in _INTEGERS:
+        return False
+    integer, _ = _INTEGERS[grad.dtype]
+    source, result, packed = _flat(grad, integer), _flat(out, integer), bits.numpy()
+
+    def run(start: int, stop: int) -> None:
+        kernels.mask_gradient(source, packed, result, start, stop)
+
+    return _share(run, packed.size, 1, grad.numel())
+
+
+def _blocks(x: Tensor, y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
+    """Describe ``y``'s memory as (blocks, units, distance of units): ``None`` where rows are scattered otherwise."""
+    rows, units = row_shape(x.shape, selection)
+    if units >= 1 << 31:  # more than a kernel counts
+        return None
+    order = sorted((d for d in range(y.dim()) if y.shape[d] > 1), key=y.stride, reverse=True)
+    if selection.scope == "position":
+        place = selection.channel_dim % y.dim()
+        if units == 1 or order[-1] == place:
+            return rows, units, 1
+        inner = y.stride(place)
+        return rows // inner, units, inner
+    if selection.scope == "sample" and 0 in order and order[0] != 0:
+        return None
+    if selection.ties == "exact" and order != sorted(order):
+        return None  # the lowest index is not the first in memory
+    return rows, units, 1
+
+
+def _flat(x: Tensor, integer: torch.dtype) -> Any:
+    """View the memory of a tensor without gaps as a flat numpy array of integers."""
+    return x.detach().as_strided((x.numel(),), (1,)).view(integer).numpy()
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    if not _state["usable"] or (_state["kernels"] is None and x.numel() < _WORTH_LOADING):
+        return None
+    if _state["kernels"] is None:
+        try:
+            from regimewrap.topk import numba_kernels
+        except Exception as error:  # noqa: BLE001  whatever a broken installation throws, training goes on
+            _give_up(error)
+            return None
+        _state["kernels"] = numba_kernels
+    kernels: ModuleType = _state["kernels"]
+    return kernels
+
+
+def _give_up(error: Exception) -> None:
+    """Fall back to plain torch for the rest of the process, and say so once."""
+    _state["usable"] = False
+    if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+        reason = "numba is not installed; run: pip install 'regimewrap[fast]'"
+    else:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    warnings.warn(
+        f"regimewrap selects on the CPU in plain torch: same results, 10 to 20 times slower ({reason}).",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _share(run: Callable[[int, int], None], items: int, step: int, elements: int) -> bool:
+    """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
+    parts = min(torch.get_num_threads(), elements // _GRAIN, items // step)
+    try:
+        if parts <= 1:
+            run(0, items)
+            return True
+        bounds = [items // step * part // parts * step for part in range(parts)] + [items]
+        others = [_pool(parts).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
+        run(*bounds[:2])
+        for other in others:
+            other.result()
+    except Exception as error:  # noqa: BLE001  a build that fails must not end a training run
+        _give_up(error)
+        return False
+    return True
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    # Threads of our own: numba's would need a layer that is safe to fork and to enter from several threads at once,
+    # and none on Linux is both.
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="regimewrap")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
