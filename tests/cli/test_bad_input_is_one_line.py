@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import re
+import zipfile
+
+import pytest
+from PIL import Image
+
+from regimewrap import cli
+
+POLICIES = {
+    "scope.yaml": ("gate: {scope: sampel}", "'sampel'.* Did you mean 'sample'"),
+    "strategy.yaml": ("cycle: {strategy: {kind: ema-rest}}", "'ema-rest'.* Did you mean 'ema-reset'"),
+    "ratio.yaml": ("gate: {eval_keep_ratio: 1.5}", r"gate\.eval_keep_ratio.*1\.5"),
+    "tag.yaml": ("!!python/object/apply:os.system [ls]", "remove the tag"),
+    "broken.yaml": ("gate: {scope: [", "not YAML: line 1"),
+    "empty.yaml": ("", "the policy is empty"),
+    "list.yaml": ("- gate", "a policy is a mapping"),
+    "broken.json": ("{", "not JSON"),
+}
+
+
+@pytest.fixture
+def fails(regimewrap, tmp_path):
+    """Run a command line that must fail with one line, and leave no new file."""
+
+    def run(*arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        outcome = regimewrap(*arguments)
+        assert outcome.status == 2
+        assert outcome.err.startswith("Error: ")
+        assert outcome.err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return outcome.err
+
+    return run
+
+
+def save(path, size=(4, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("policy", "show", "los-reset"), ("train", "--data", "digits", "--policy", "los-reset")]
+)
+def test_an_unknown_preset_names_the_nearest(fails, arguments):
+    assert "Did you mean 'loss-reset'" in fails(*arguments)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("command", [("policy", "validate"), ("train", "--data", "digits", "--policy")], ids=" ".join)
+def test_a_bad_policy_file_says_where_and_what(fails, tmp_path, name, command):
+    text, message = POLICIES[name]
+    (tmp_path / name).write_text(text)
+
+    error = fails(*command, name)
+
+    assert error.startswith(f"Error: {name}: ")
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize("command", [("policy", "validate"), ("train", "--data", "digits", "--policy")], ids=" ".join)
+def test_a_policy_file_that_is_not_there_or_is_a_folder_is_named(fails, tmp_path, command):
+    (tmp_path / "folder.yaml").mkdir()
+
+    assert "nowhere.yaml: cannot read a policy file here: No such file" in fails(*command, "nowhere.yaml")
+    assert "folder.yaml: cannot read a policy file here: Is a directory" in fails(*command, "folder.yaml")
+
+
+def test_a_data_path_that_does_not_exist_is_named(fails):
+    assert "data nowhere/here doesn't exist" in fails("train", "--data", "nowhere/here")
+
+
+def test_a_data_folder_without_images_is_named(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    assert "empty holds no images" in fails("train", "--data", "empty")
+
+
+def test_a_damaged_image_in_a_zip_is_named(fails, tmp_path):
+    for label in ("cat", "dog"):
+        for index in range(3):
+            save(tmp_path / "images" / "train" / label / f"{index}.png")
+            save(tmp_path / "images" / "test" / label / f"{index}.png")
+    (tmp_path / "images" / "train" / "dog" / "1.png").write_bytes(b"damaged")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in (tmp_path / "images").rglob("*.png"):
+            archive.write(path, path.relative_to(tmp_path / "images"))
+
+    assert "image train/dog/1.png is damaged" in fails("train", "--data", "images.zip")
+
+
+@pytest.mark.parametrize("command", [("demo",), ("train", "--data", "digits")], ids=" ".join)
+def test_an_out_that_cannot_be_written_is_found_before_training(fails, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(cli, "train_jobs", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(cli, "train_run", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "file").write_text("x")
+
+    assert "cannot write to file/below" in fails(*command, "--out", "file/below")
+    assert "cannot write to file: it is a file" in fails(*command, "--out", "file")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--arch", "wrn-12-1"), "depth must be 6n + 4 with n at least 1; got 12. Nearest: 10 and 16."),
+        (("--arch", "vit"), "arch must look like wrn-DEPTH-WIDTH"),
+        (("--epochs", "0"), "Invalid value for '--epochs'"),
+        (("--epochs", "many"), "Invalid value for '--epochs'"),
+        (("--lr", "0"), "0 is not a positive number"),
+        (("--lr", "nan"), "nan is not a positive number"),
+        (("--limit", "5"), "limit must be at least 10, so that each class is seen; got 5"),
+        (("--sede", "5"), "No such option"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused(fails, options, message):
+    assert message in fails("train", "--data", "digits", *options)
+
+
+def test_a_command_that_does_not_exist_is_refused(fails):
+    assert "No such command 'demos'" in fails("demos")
+
+
+def test_a_missing_option_is_named(fails):
+    assert "'--data'" in fails("train")
+
+
+def test_a_loss_that_diverges_says_what_to_do_and_leaves_nothing(fails):
+    error = fails("train", "--data", "digits", "--limit", 20, "--arch", "wrn-10-1", "--lr", "1e30", "--epochs", 9)
+
+    assert "lower the learning rate" in error
+
+
+def test_matplotlib_is_asked_for_before_training(fails, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+
+    assert "pip install 'regimewrap[cli]'" in fails("demo")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("nn.Linear(2, 2)", "users_models_bad:model has no activation that is known"),
+        ("nn.Sequential(nn.Linear(2, 2), nn.Softmax(1))", "the policy selects none of these activations"),
+        ("torch.jit.script(nn.ReLU())", "TorchScript module, whose code cannot be gated"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_a_model_that_cannot_be_planned_says_why(regimewrap, tmp_path, monkeypatch, code, message):
+    monkeypatch.setattr("sys.path", list(cli.sys.path))
+    monkeypatch.delitem(cli.sys.modules, "users_models_bad", raising=False)
+    (tmp_path / "users_models_bad.py").write_text(f"import torch\nfrom torch import nn\nmodel = {code}\n")
+
+    outcome = regimewrap("plan", "users_models_bad:model")
+
+    assert outcome.status == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_an_unknown_model_names_the_nearest(fails):
+    assert "Did you mean 'resnet18'" in fails("plan", "torchvision:resnet81")

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import shlex
+import warnings
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import regimewrap as package
+from regimewrap import cli
+from regimewrap.policy import PRESETS, RegimePolicy
+from regimewrap.recipes.training import Status
+from regimewrap.results import Experiment, Run
+
+TRAIN = ("train", "--data", "digits", "--arch", "wrn-10-1", "--limit", 30, "--epochs", 3, "--batch-size", 10)
+REPORT = {"report.html", "results.json", "policy.yaml"}
+
+
+def test_the_version_is_printed():
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"regimewrap {package.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_no_command_shows_the_commands(arguments):
+    result = CliRunner().invoke(cli.app, arguments)
+
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in ("demo", "train", "plan", "policy"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_policy_show_prints_yaml_that_is_the_policy(preset):
+    result = CliRunner().invoke(cli.app, ["policy", "show", preset])
+
+    assert RegimePolicy.from_yaml(result.stdout) == RegimePolicy.preset(preset)
+
+
+def test_policy_show_rescales_a_preset():
+    result = CliRunner().invoke(cli.app, ["policy", "show", "loss-reset", "--steps", "800"])
+
+    assert RegimePolicy.from_yaml(result.stdout) == RegimePolicy.preset("loss-reset", 800)
+
+
+def test_policy_validate_says_what_a_good_file_holds(regimewrap, tmp_path):
+    RegimePolicy.preset("accuracy-relax").to_file(tmp_path / "mine.yaml")
+
+    outcome = regimewrap("policy", "validate", "mine.yaml")
+
+    assert outcome == (0, "mine.yaml is valid: ema-relax on accuracy, a decision every 50 updates.\n", "")
+
+
+def test_policy_schema_prints_the_json_schema(regimewrap):
+    assert json.loads(regimewrap("policy", "schema").out) == json.loads(json.dumps(RegimePolicy.json_schema()))
+
+
+def test_plan_prints_a_row_for_each_activation(regimewrap):
+    outcome = regimewrap("plan", "torchvision:resnet18")
+
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out.startswith("ResNet: 9 of 9 activations gated\n")
+    assert "layer4.1.relu" in outcome.out
+
+
+def test_plan_reaches_the_activation_of_densenet_that_is_a_function(regimewrap):
+    outcome = regimewrap("plan", "torchvision:densenet121")
+
+    assert outcome.out.startswith("DenseNet: 121 of 121 activations gated\n")
+    assert "F.relu" in outcome.out
+
+
+def test_plan_takes_a_policy(regimewrap, tmp_path):
+    (tmp_path / "deep.yaml").write_text("sites: {include: ['layer4.*']}")
+
+    assert regimewrap("plan", "torchvision:resnet18", "--policy", "deep.yaml").out.startswith("ResNet: 2 of 9")
+
+
+def test_train_prints_plan_and_epochs_and_leaves_report_and_weights(regimewrap, tmp_path):
+    outcome = regimewrap(*TRAIN, "--out", "out", "--seed", 3)
+
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "Data: scikit-learn's digits" in outcome.out
+    assert "WideResNet: 7 of 7 activations gated." in outcome.out
+    assert [f"epoch {number}/3  loss " in outcome.out for number in (1, 2, 3)] == [True] * 3
+    assert "\x1b" not in outcome.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= REPORT | {"model.pt"}
+    experiment = Experiment.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    assert experiment.runs[0].seed == 3
+    assert set(experiment.runs[0].accuracy) == {"1.0", "0.5", "0.2", "0.1"}
+    weights = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert "stages.0.0.conv1.weight" in weights
+
+
+def test_the_command_in_the_record_gives_the_same_run_again(regimewrap, tmp_path):
+    regimewrap(*TRAIN, "--out", "first")
+    first = Experiment.model_validate_json((tmp_path / "first" / "results.json").read_text())
+    words = shlex.split(first.command)
+
+    assert words[0] == "regimewrap"
+    regimewrap(*words[1:], "--out", "second")
+    second = Experiment.model_validate_json((tmp_path / "second" / "results.json").read_text())
+    assert (first.runs[0].trace, first.runs[0].accuracy) == (second.runs[0].trace, second.runs[0].accuracy)
+
+
+def test_train_takes_a_policy_file_as_it_is_and_names_the_arm_after_it(regimewrap, tmp_path):
+    policy = RegimePolicy().replace(cycle={"strategy": {"kind": "constant", "keep_ratio": 0.3}, "every": 2})
+    policy.to_file(tmp_path / "fixed.yaml")
+
+    regimewrap(*TRAIN, "--policy", "fixed.yaml", "--out", "out")
+
+    experiment = Experiment.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    assert experiment.arms[0].name == "fixed"
+    assert experiment.arms[0].policy == policy.model_dump(mode="json")
+    assert {point.keep_ratio for point in experiment.runs[0].trace} == {0.3}
+    assert RegimePolicy.from_file(tmp_path / "out" / "policy.yaml") == policy
+
+
+def test_train_without_any_decision_still_reports(regimewrap, tmp_path):
+    RegimePolicy().to_file(tmp_path / "slow.yaml")
+
+    outcome = regimewrap(*TRAIN, "--policy", "slow.yaml", "--out", "out")
+
+    assert outcome.status == 0
+    assert "9 updates; the policy decides every 128, so 0 times." in outcome.out
+
+
+def test_a_new_run_replaces_the_files_of_the_last_one(regimewrap, tmp_path):
+    regimewrap(*TRAIN, "--out", "out", "--seed", 1)
+    regimewrap(*TRAIN, "--out", "out", "--seed", 2)
+
+    experiment = Experiment.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    assert [run.seed for run in experiment.runs] == [2]
+
+
+def fake_runs(jobs, _work, _workers, stop_after):
+    for number, job in enumerate(jobs):
+        if number == stop_after:
+            raise KeyboardInterrupt
+        yield job, Status(1, 2, 1, False, 0.5, 0.5, "compress")
+        figures = {"1.0": 0.9, "0.5": 0.8, "0.2": 0.7, "0.1": 0.6}
+        yield job, Run(arm=job.arm, seed=job.seed, accuracy=figures, trace=[], cycles=1, bound_share=0, train_seconds=1)
+
+
+def test_demo_interrupted_after_some_runs_reports_those(regimewrap, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "train_jobs", lambda *arguments: fake_runs(*arguments, stop_after=4))
+
+    outcome = regimewrap("demo", "--seeds", 2, "--out", "out")
+
+    assert outcome.status == 130
+    experiment = Experiment.model_validate_json((tmp_path / "out" / "results.json").read_text())
+    assert [(run.arm, run.seed) for run in experiment.runs] == [
+        ("dense", 0),
+        ("dense", 1),
+        ("loss-reset", 0),
+        ("accuracy-relax", 0),
+    ]
+    assert experiment.settings["interrupted"] == "only the runs that had ended are shown"
+
+
+def test_demo_interrupted_before_any_run_ended_leaves_nothing(regimewrap, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "train_jobs", lambda *arguments: fake_runs(*arguments, stop_after=0))
+
+    outcome = regimewrap("demo", "--out", "out")
+
+    assert outcome.status == 130
+    assert "nothing was written" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_tells_each_run_and_ends_with_a_table_and_a_sentence(regimewrap, monkeypatch):
+    monkeypatch.setattr(cli, "train_jobs", lambda *arguments: fake_runs(*arguments, stop_after=None))
+
+    outcome = regimewrap("demo", "--seeds", 2, "--out", "out")
+
+    assert outcome.status == 0
+    assert "  6/6  accuracy-relax, seed 1" in outcome.out
+    assert "keep ratio 0.1" in outcome.out
+    assert "Over 2 seeds: " in outcome.out
+    assert outcome.out.endswith("Report: out/report.html\n")
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line_on_standard_error(regimewrap, monkeypatch):
+    def load(_name):
+        warnings.warn("two\nlines", UserWarning, stacklevel=1)
+        return torch.nn.ReLU()
+
+    monkeypatch.setattr(cli, "load_model", load)
+
+    assert regimewrap("plan", "mine:model").err == "Warning: two lines\n"

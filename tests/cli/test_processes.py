@@ -1,0 +1,134 @@
+"""What only a process of its own can show: exit statuses, signals, pipes, missing packages, the demo for real."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from regimewrap.results import Experiment
+
+COMMAND = [sys.executable, "-m", "regimewrap"]
+
+
+@pytest.fixture
+def start():
+    """Start a command line whose output can be read while it runs."""
+    with contextlib.ExitStack() as processes:
+
+        def start(*arguments: object) -> subprocess.Popen[str]:
+            command = [*COMMAND, *map(str, arguments)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            processes.enter_context(process)
+            processes.callback(process.kill)
+            return process
+
+        yield start
+
+
+def test_the_module_and_the_script_are_the_command_line():
+    script = Path(sys.executable).with_name("regimewrap")
+
+    for command in (COMMAND, [str(script)]):
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert result.stdout.startswith("regimewrap ")
+
+
+def test_an_error_is_a_line_on_standard_error_and_status_2():
+    result = subprocess.run([*COMMAND, "policy", "show", "desne"], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: preset must be one of")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_a_missing_command_line_package_names_the_extra(package):
+    code = f"import sys; sys.modules['{package}'] = None; import regimewrap.__main__ as m; sys.exit(m.main())"
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 2
+    assert result.stderr == f"Error: the command line needs {package}; run: pip install 'regimewrap[cli]'\n"
+
+
+def test_a_reader_that_leaves_early_gets_no_error_text(start):
+    process = start("policy", "schema")
+    process.stdout.close()
+
+    assert process.wait(60) == 1
+    assert process.stderr.read() == ""
+
+
+def test_interrupted_training_leaves_a_valid_report_of_what_was_done(start, tmp_path):
+    out = tmp_path / "out"
+    process = start("train", "--data", "digits", "--arch", "wrn-10-1", "--limit", 20, "--epochs", 100_000, "--out", out)
+    while "epoch " not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+
+    output, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 130
+    assert errors == ""
+    assert "Stopping after this update" in output
+    experiment = Experiment.model_validate_json((out / "results.json").read_text())
+    assert experiment.settings["interrupted"].startswith("after update ")
+    assert experiment.runs[0].accuracy.keys() == {"1.0", "0.5", "0.2", "0.1"}
+    torch.load(out / "model.pt", weights_only=True)
+    assert not any(path.name.startswith(".") for path in out.iterdir())
+
+
+def test_an_interrupted_demo_leaves_nothing_half_written_and_no_process(start, tmp_path):
+    out = tmp_path / "out"
+    process = start("demo", "--out", out)
+    assert "15 runs" in process.stdout.readline()
+    time.sleep(1)  # let workers start
+    process.send_signal(signal.SIGINT)
+
+    output, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert errors == ""
+    assert "nothing was written" in output
+    assert not out.exists()
+    # The pipes' other ends are closed, so no worker holds them: communicate has returned.
+
+
+@pytest.mark.slow
+def test_the_demo_moves_the_budget_through_full_cycles_and_reports(start, tmp_path):
+    out = tmp_path / "report"
+    process = start("demo", "--seeds", 1, "--out", out)
+
+    output, errors = process.communicate(timeout=300)
+
+    assert (process.returncode, errors) == (0, "")
+    assert "One seed: " in output
+    assert {path.name for path in out.iterdir()} >= {
+        "report.html",
+        "results.json",
+        "policy.yaml",
+        "keep-ratio-trace.png",
+    }
+    experiment = Experiment.model_validate_json((out / "results.json").read_text())
+    dense, reset, relax = (experiment.runs_of(arm)[0] for arm in ("dense", "loss-reset", "accuracy-relax"))
+    assert {point.keep_ratio for point in dense.trace} == {1.0}
+    assert dense.bound_share == 0
+    assert full_cycles(reset.trace, "reset") >= 2
+    assert full_cycles(relax.trace, "relax") >= 2
+    assert reset.bound_share > 0.5 < relax.bound_share
+    assert min(dense.accuracy["1.0"], reset.accuracy["1.0"], relax.accuracy["1.0"]) > 0.85
+
+
+def full_cycles(trace, event):
+    """Count the times the budget was compressed below a quarter, given back, and more than doubled by that."""
+    pairs = itertools.pairwise(trace)
+    return sum(a.event == event and a.keep_ratio < 0.25 and b.keep_ratio > 2 * a.keep_ratio for a, b in pairs)
