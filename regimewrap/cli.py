@@ -1,6 +1,7 @@
 """The command line: arguments to calls, errors to one line and an exit status. No work of its own.
 
-0 is success, 2 a mistake of the user or something missing, 130 Ctrl-C; what was wrong goes to standard error.
+0 is success, 1 a reader of the output that left, 2 a mistake of the user or something missing, 130 Ctrl-C. What was
+wrong goes to standard error.
 """
 
 from __future__ import annotations
@@ -61,19 +62,14 @@ def run(arguments: Sequence[str]) -> int:
         warnings.showwarning = _show_warning
         try:
             status = app(args=list(arguments), prog_name="regimewrap", standalone_mode=False)
-            sys.stdout.flush()
         except _ClickError as error:
-            return _failed(error.format_message() + " See --help.")
+            return _failed(f"{error.format_message().rstrip('.')}. See --help.")
         except RegimewrapError as error:
             return _failed(str(error))
         except torch.OutOfMemoryError:
             return _failed("the GPU's memory is full. Choose smaller batches with --batch-size.")
         except (KeyboardInterrupt, typer.Abort):
             return _INTERRUPTED
-        except BrokenPipeError:
-            # Who read our output has left, as head does; Python must not try to flush the rest.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
     return status if isinstance(status, int) else 0
 
 
