@@ -91,6 +91,16 @@ class TopKGate:
         """
         self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
 
+    def acts(self, training: bool) -> bool:
+        """Say whether a site may change anything now, or somebody watches; if not, a fused kernel may bypass it.
+
+        Args:
+            training: the mode of the module that owns the site.
+        """
+        if self.observers or torch.compiler.is_compiling():
+            return True
+        return float(self._ratio(training)) < 1.0
+
     def __call__(self, x: Tensor, site: Site, training: bool) -> Tensor:
         """Gate one activation's output.
 
@@ -110,21 +120,22 @@ class TopKGate:
         return y
 
     def _select(self, x: Tensor, site: Site, training: bool) -> Tensor:
-        ratio = self.keep_ratio
-        if not training and not self._forced:
-            if self._dense_in_eval:
-                return x
-            if self._eval_ratio is not None:
-                ratio = self._eval_ratio
+        if self._dense_in_eval and not training and not self._forced:
+            return x
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
         channel_dim = site.channel_dim
         if channel_dim is None:
             channel_dim = 1 if x.dim() in (4, 5) else -1
         try:
-            return topk_gate(x, ratio, channel_dim=channel_dim, multiplier=site.multiplier, **self._rule)
+            return topk_gate(x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **self._rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
+
+    def _ratio(self, training: bool) -> Tensor:
+        if training or self._forced or self._eval_ratio is None:
+            return self.keep_ratio
+        return self._eval_ratio
 
     def anchor(self, root: nn.Module) -> None:
         """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""

@@ -30,12 +30,22 @@ def apply(model: nn.Module, plan: Plan, gate: TopKGate) -> None:
                 graph.gate_graph_module(module, [rebinding.nodes] * len(graph.graphs_of(module)), called)
             else:
                 rebind.rebind(module, rebinding.methods, called)
+        _guard_encoders(model)
         gate.sites = tuple(each.site for each in gates.values())
         gate.anchor(model)
         model.__dict__[GATE_ATTRIBUTE] = gate
     except BaseException:
         undo(model)
         raise
+
+
+def _guard_encoders(model: nn.Module) -> None:
+    """Keep encoders of gated layers from packing their input into nested tensors while the gate has something to do."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and not rebind.is_rebound(module):
+            gates = next((rebind.gates_of(each) for each in module.modules() if rebind.is_rebound(each)), ())
+            if gates:
+                rebind.rebind(module, (), gates)
 
 
 def undo(model: nn.Module) -> None:

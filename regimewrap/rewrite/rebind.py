@@ -22,8 +22,16 @@ from regimewrap.gate import SiteGate
 #: How rewritten code calls the gate: ``self._regimewrap_gate(value, index)``.
 GATE_METHOD = "_regimewrap_gate"
 _SITES = "_regimewrap_sites"
+_FUSED = "_regimewrap_fused"
 _BASE = "_regimewrap_base"
 _METHODS = "_regimewrap_methods"
+
+#: Attributes by which torch's own modules allow kernels that compute the activation inside. Without this the gate would
+#: be bypassed in eval mode under no_grad, or be handed nested tensors.
+FUSED_PATHS: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
 
 
 class Recipe(Protocol):
@@ -51,8 +59,9 @@ def rebind(module: nn.Module, methods: tuple[NewMethod, ...], gates: tuple[SiteG
         methods: what to replace.
         gates: the site gates that the new code calls by index.
     """
+    fused = [name for cls, name in FUSED_PATHS.items() if isinstance(module, cls)]
     base: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
-    subclass = _subclass(base, methods)
+    subclass = _subclass(base, methods, tuple(fused))
     module.__dict__[_SITES] = gates
     module.__class__ = subclass
 
@@ -63,6 +72,12 @@ def release(module: nn.Module) -> None:
     if base is not None:
         module.__class__ = base
     module.__dict__.pop(_SITES, None)
+
+
+def gates_of(module: nn.Module) -> tuple[SiteGate, ...]:
+    """Return the site gates that a module's rewritten methods call."""
+    gates: tuple[SiteGate, ...] = module.__dict__.get(_SITES, ())
+    return gates
 
 
 def is_rebound(module: nn.Module) -> bool:
@@ -76,7 +91,7 @@ def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...]) -> type[nn.Module]:
+def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...], fused: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -84,7 +99,9 @@ def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...]) -> type[nn.M
         "__reduce_ex__": _reduce_ex,
         _BASE: cls,
         _METHODS: methods,
+        _FUSED: fused,
         GATE_METHOD: _gate,
+        **{name: _while_idle(name) for name in fused},
     }
     below: dict[type, dict[str, Any]] = {}
     for method in methods:
@@ -99,6 +116,19 @@ def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...]) -> type[nn.M
     return types.new_class(cls.__name__, (cls, *twins), exec_body=_fill(namespace))
 
 
+def _while_idle(name: str) -> property:
+    """Make an attribute that allows a fused kernel read False whenever the gate has something to do."""
+
+    def get(self: nn.Module) -> Any:
+        gates: tuple[SiteGate, ...] = self.__dict__[_SITES]
+        return False if gates[0].gate.acts(self.training) else self.__dict__[name]
+
+    def put(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
 def _fill(namespace: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
     return lambda body: body.update(namespace)
 
@@ -109,9 +139,9 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     # Only our own subclass cannot be found by name; one that somebody put on top (FSDP does) is theirs to pickle.
     if type(self) is not cls or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return reduced
-    return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_METHODS], *reduced[1][1:]), *reduced[2:])
+    return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_METHODS], cls.__dict__[_FUSED], *reduced[1][1:]), *reduced[2:])
 
 
-def _rebuild(base: Any, methods: tuple[NewMethod, ...], *arguments: Any) -> nn.Module:
-    subclass = _subclass(base, methods)
+def _rebuild(base: Any, methods: tuple[NewMethod, ...], fused: tuple[str, ...], *arguments: Any) -> nn.Module:
+    subclass = _subclass(base, methods, fused)
     return subclass.__new__(subclass, *arguments)

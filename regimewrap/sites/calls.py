@@ -18,6 +18,9 @@ from torch import nn
 
 from regimewrap.sites import catalog
 
+#: Modules of torch's own that call an activation function that they hold.
+TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 #: Stands for "this expression's value cannot be known without running the method".
 UNKNOWN = object()
 
@@ -94,9 +97,9 @@ def _own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
     return tuple(
         (home, name, value)
         for home in cls.__mro__
-        if home.__module__.partition(".")[0] != "torch" and home is not object
+        if home.__module__.partition(".")[0] != "torch" or home in TORCH_LAYERS
         for name, value in vars(home).items()
-        if isinstance(value, types.FunctionType) and not name.startswith("_regimewrap")
+        if home is not object and isinstance(value, types.FunctionType) and not name.startswith("_regimewrap")
     )
 
 

@@ -137,6 +137,17 @@ NAMES: dict[str, str] = {
     "laplace": "laplace",
 }
 
+# Normalisation layers with the activation inside (timm's): their output is the activation's. None: see ``act_name``.
+NORM_AND_ACTIVATION: dict[str, str | None] = {
+    "InplaceAbn": None,
+    "EvoNorm2dB0": "silu",
+    "EvoNorm2dB1": "silu",
+    "EvoNorm2dB2": "silu",
+    "EvoNorm2dS0": "silu",
+    "EvoNorm2dS0a": "silu",
+    "FilterResponseNormTlu2d": "relu",
+}
+
 #: Every kind the catalog knows, for messages and suggestions.
 KINDS: tuple[str, ...] = tuple(dict.fromkeys([*MODULES.values(), *FUNCTIONS.values(), *NAMES.values()]))
 
@@ -153,10 +164,33 @@ def kind_of_module(module: nn.Module) -> str | None:
     for cls in type(module).__mro__:
         if cls in MODULES:
             return MODULES[cls]
+    if type(module).__name__ in NORM_AND_ACTIVATION:
+        return _kind_after_norm(module)
     if next(module.children(), None) is not None:
         return None
     kind = kind_of_name(type(module).__name__)
     return kind if kind == "prelu" or next(module.parameters(), None) is None else None
+
+
+def _kind_after_norm(module: nn.Module) -> str | None:
+    kind = NORM_AND_ACTIVATION[type(module).__name__]
+    if kind is None:
+        return kind_of_name(str(getattr(module, "act_name", "")))
+    applied = all(getattr(module, name, True) is not None for name in ("v", "tau"))
+    return kind if applied and getattr(module, "apply_act", True) else None
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """Return the family of an activation that torch computes inside a fused module, out of reach, or ``None``."""
+    if isinstance(module, nn.RNN):
+        return "relu" if module.nonlinearity == "relu" else "tanh"
+    if isinstance(module, nn.RNNBase):
+        return "tanh"
+    cls = type(module)
+    if cls.__module__.startswith(("torch.ao.", "torch.nn.intrinsic.", "torch.nn.quantized.")):
+        inner = next(module.children(), None)
+        return "relu" if cls.__name__.partition("Re")[2].startswith("LU") and inner is None else None
+    return None
 
 
 def kind_of_function(function: Any) -> str | None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from regimewrap.sites import catalog
 from regimewrap.sites.calls import (
     NOWHERE,
+    TORCH_LAYERS,
     Call,
     Span,
     body_of,
@@ -62,7 +63,9 @@ class Activation:
 def find(model: nn.Module) -> list[Activation]:
     """Return a model's activations, in the order of ``named_modules``; shared modules once."""
     modules = list(model.named_modules())
-    registered = {id(module) for _, module in modules}
+    # A hook on the activation of torch's encoder layer would switch its fused kernel off for good: gate the call.
+    by_call = {id(each.activation) for _, each in modules if isinstance(each, TORCH_LAYERS)}
+    registered = {id(module) for _, module in modules} - by_call
     dropped, lost = _dropped(modules)
     found: list[Activation] = []
     for path, module in modules:
@@ -75,6 +78,13 @@ def find(model: nn.Module) -> list[Activation]:
             continue
         if isinstance(module, fx.GraphModule):
             found.extend(_in_graph(path, module))
+            continue
+        if id(module) in by_call:
+            continue
+        fused = catalog.fused_activation(module)
+        if fused is not None:
+            label = type(module).__name__
+            found.append(Activation(path or label, label, fused, path, problem=f"{label} computes it inside torch"))
             continue
         kind = catalog.kind_of_module(module)
         if kind is None:
