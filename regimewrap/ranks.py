@@ -150,21 +150,21 @@ def _culprits(store: Any, what: str) -> str:
     """Say which ranks did not come to an exchange, or did not come out of it."""
     advice = "Each rank must call RegimeCycler.step once per optimizer update; look into the log of that rank"
     others = [number for number in range(dist.get_world_size()) if number != dist.get_rank()]
+    last_seen: dict[int, str] = {}
+    deadline = time.monotonic() + GRACE_S
     try:
         store.set(_key(dist.get_rank()), what + _FAILED)
-        deadline = time.monotonic() + GRACE_S
-        while True:
-            last_seen = {n: store.get(_key(n)).decode() if store.check([_key(n)]) else "nowhere" for n in others}
-            silent = [number for number in others if last_seen[number] != what + _FAILED]
-            if not silent or time.monotonic() > deadline:
-                break
+        while time.monotonic() < deadline and set(last_seen.values()) != {what + _FAILED}:
             time.sleep(0.05)
-    except RuntimeError:
-        return f"the process that holds the store, rank 0 or the launcher, has ended. {advice}"
-    absent = [number for number in silent if last_seen[number] != what]
+            last_seen = {n: store.get(_key(n)).decode() if store.check([_key(n)]) else "nowhere" for n in others}
+    except RuntimeError:  # its holder has failed too and is through; what was seen until then holds
+        if not last_seen:
+            return f"the process that holds the store, rank 0 or the launcher, has ended. {advice}"
+    absent = [number for number in others if last_seen[number] not in (what, what + _FAILED)]
     if absent:
         seen = ", ".join(dict.fromkeys(last_seen[number].removesuffix(_FAILED) for number in absent))
         return f"{_named(absent)} did not come to it, last seen: {seen}. {advice}"
+    silent = [number for number in others if last_seen[number] == what]
     return f"{_named(silent or others)} came to it and did not answer. {advice}"
 
 
