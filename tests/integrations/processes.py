@@ -24,7 +24,8 @@ from pathlib import Path
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch.distributed", "regimewrap"]
+PRELOADED = ["torch.distributed", "torch.nn.parallel", "torch._dynamo", "regimewrap"]
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 def preload(*modules: str) -> None:
@@ -49,8 +50,9 @@ class Job:
                 "WORLD_SIZE": str(ranks),
                 "LOCAL_WORLD_SIZE": str(ranks),
             }
-            meeting = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-            call = (str(script), [str(arg) for arg in args], {**ONE_THREAD, **meeting, **(env or {})}, str(output))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+            place = {**place, **meeting} if ranks > 1 else {}
+            call = (str(script), [str(arg) for arg in args], {**ONE_THREAD, **place, **(env or {})}, str(output))
             self.processes.append(FORKS.Process(target=_run_script, args=call, daemon=True))
         for process in self.processes:
             process.start()
@@ -174,4 +176,5 @@ def _run_script(script: str, args: list[str], env: dict[str, str], output: str) 
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = [script, *args]
+    sys.path.insert(0, str(Path(script).parent))  # as Python does for a script
     runpy.run_path(script, run_name="__main__")
