@@ -257,7 +257,7 @@ def _train_one(
 
 def _policy_named(name: str, total_steps: int | None = None) -> RegimePolicy:
     """Return a preset, rescaled, or the policy in a file as it is."""
-    looks_like_file = name not in PRESETS and (Path(name).suffix or os.sep in name or Path(name).exists())
+    looks_like_file = name not in PRESETS and (Path(name).suffix or os.sep in name or os.path.lexists(name))
     return RegimePolicy.from_file(name) if looks_like_file else RegimePolicy.preset(name, total_steps)
 
 

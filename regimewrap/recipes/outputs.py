@@ -24,9 +24,10 @@ def claimed_folder(folder: Path) -> Iterator[Path]:
     Raises:
         DataError: it cannot be made or written.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: list[Path] = []
     try:
         try:
+            made += [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass

@@ -14,21 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regimewrap import telemetry
-from regimewrap.cycler import RegimeCycler
+from regimewrap import RegimeCycler, gate_of, sweep, watch, wrap
 from regimewrap.errors import SignalError
-from regimewrap.gate import gate_of
 from regimewrap.recipes.wide_resnet import WideResNet, parse_arch
 from regimewrap.results import Run, TracePoint
-from regimewrap.sweep import sweep
-from regimewrap.wrap import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from regimewrap.cycle_state import Regime
-    from regimewrap.policy import RegimePolicy
+    from regimewrap import Regime, RegimePolicy
     from regimewrap.recipes.data import ImageData, ImageSet
+    from regimewrap.telemetry import Watch
 
 _TEST_BATCH = 500
 
@@ -125,18 +121,12 @@ def train_run(
         RegimewrapError: the model or policy cannot be built or wrapped.
     """
     device = torch.device("cpu") if device is None else device
+    total_steps = settings.total_steps(len(data.train))
     torch.manual_seed(seed)
     model = wrap(build_model(settings.arch, data).to(device), policy)
     cycler = RegimeCycler(model)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.total_steps(len(data.train)))
-    recorder = _Recorder(model, policy.cycle.every, settings.total_steps(len(data.train)))
+    optimizer, schedule = _optimizer(model, settings, total_steps)
+    recorder = _Recorder(model, policy.cycle.every, total_steps)
     model.train()
     for epoch, last, x, y in _batches(data.train, settings, seed, device):
         with recorder.watching():
@@ -166,6 +156,19 @@ def accuracy(model: nn.Module, images: ImageSet, on_batch: Callable[[int], None]
         right += (model(x.to(device)).argmax(1) == y.to(device)).sum()
         on_batch(len(y))
     return int(right) / len(images)
+
+
+def _optimizer(
+    model: nn.Module, settings: TrainSettings, total_steps: int
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.CosineAnnealingLR]:
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+    )
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
 
 
 def _batches(
@@ -211,7 +214,7 @@ class _Recorder:
         self._since_decision, self._in_epoch = _Mean(), _Mean()
         self._loss = float("nan")
         self._cycles = 0
-        self._seen: telemetry.Watch | None = None
+        self._seen: Watch | None = None
         self._keep_ratio = 1.0
         self._started = time.perf_counter()
 
@@ -223,7 +226,7 @@ class _Recorder:
         if self.step % self._every:
             yield
         else:
-            with telemetry.watch(self._model) as self._seen:
+            with watch(self._model) as self._seen:
                 yield
 
     def saw(self, loss: Tensor) -> None:

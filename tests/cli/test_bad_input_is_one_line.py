@@ -48,6 +48,10 @@ def test_an_unknown_preset_names_the_nearest(fails, arguments):
     assert "Did you mean 'loss-reset'" in fails(*arguments)
 
 
+def test_a_name_that_no_file_could_have_is_an_unknown_preset(fails):
+    assert "preset must be one of" in fails("policy", "show", "x" * 5000)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("command", [("policy", "validate"), ("train", "--data", "digits", "--policy")], ids=" ".join)
 def test_a_bad_policy_file_says_where_and_what(fails, tmp_path, name, command):
