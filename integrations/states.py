@@ -17,12 +17,13 @@ from regimewrap.errors import StateError
 VERSION = 1
 
 
-def saved(cycler: RegimeCycler, model: nn.Module) -> dict[str, Any]:
+def saved(cycler: RegimeCycler, model: nn.Module, *, all_ranks: bool = False) -> dict[str, Any]:
     """Return a cycler's state and what it belongs to, as plain JSON types.
 
     Args:
         cycler: drives ``model``.
         model: the wrapped model, or anything around it.
+        all_ranks: as in ``RegimeCycler.state_dict``: all ranks call this, and one file resumes each of them exactly.
 
     Returns:
         ``version``, ``policy`` (all of it), ``sites`` (names of what is gated), ``keep_ratio`` and ``cycler``.
@@ -33,7 +34,7 @@ def saved(cycler: RegimeCycler, model: nn.Module) -> dict[str, Any]:
         "policy": gate.policy.replace(cycle=cycler.policy).model_dump(mode="json"),
         "sites": [site.name for site in gate.sites],
         "keep_ratio": cycler.keep_ratio,
-        "cycler": cycler.state_dict(),
+        "cycler": cycler.state_dict(all_ranks=all_ranks),
     }
 
 
