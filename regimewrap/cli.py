@@ -189,7 +189,10 @@ def plan(
     if not planned.rows:
         raise NoSitesError(f"{model} has no activation that is known; there is nothing to gate.")
     typer.echo(str(planned))
-    if not planned.gated:
+    if planned.unreachable:
+        count = len(planned.unreachable)
+        typer.echo(f"wrap would refuse: {count} selected cannot be gated. Exclude them, or pass it strict=False.")
+    elif not planned.gated:
         raise NoSitesError("the policy selects none of these activations. Widen sites.kinds or sites.include.")
     return 0
 

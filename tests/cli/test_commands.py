@@ -70,6 +70,19 @@ def test_plan_reaches_the_activation_of_densenet_that_is_a_function(regimewrap):
     assert "F.relu" in outcome.out
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_plan_says_when_wrap_would_refuse(regimewrap, monkeypatch):
+    half_scripted = torch.nn.Sequential(torch.nn.ReLU(), torch.jit.script(torch.nn.ReLU()))
+    monkeypatch.setattr(cli, "load_model", lambda _: half_scripted)
+
+    outcome = regimewrap("plan", "mine:model")
+
+    assert outcome.status == 0
+    assert outcome.out.endswith(
+        "wrap would refuse: 1 selected cannot be gated. Exclude them, or pass it strict=False.\n"
+    )
+
+
 def test_plan_takes_a_policy(regimewrap, tmp_path):
     (tmp_path / "deep.yaml").write_text("sites: {include: ['layer4.*']}")
 

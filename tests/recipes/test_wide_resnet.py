@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from regimewrap import at_keep_ratio, plan, wrap
 from regimewrap.errors import PolicyError
 from regimewrap.recipes.wide_resnet import RMSNorm2d, WideResNet, parse_arch
 
@@ -17,6 +18,28 @@ def test_wrn_28_4_has_25_activations_and_about_5_8_million_parameters():
 
     assert count_relus(model) == 25
     assert 5.75e6 < sum(p.numel() for p in model.parameters()) < 5.90e6
+
+
+@pytest.mark.parametrize(("activation", "mechanism"), [("module", "hook"), ("function", "graph")])
+def test_every_activation_of_wrn_28_4_is_gated_by_either_mechanism(activation, mechanism):
+    planned = plan(WideResNet(28, 4, activation=activation))
+
+    assert [row.mechanism for row in planned.gated] == [mechanism] * 25
+    assert len(planned) == 25
+
+
+def test_gated_modules_and_gated_functions_give_the_same_network():
+    modules, functions = (WideResNet(10, 1, in_channels=1, activation=kind) for kind in ("module", "function"))
+    functions.load_state_dict(modules.state_dict())
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    dense = modules(images)
+    outputs = []
+    for model in (wrap(modules), wrap(functions)):
+        with at_keep_ratio(model, 0.1):
+            outputs.append(model(images))
+
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], dense)
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(10, 7), (16, 13), (22, 19), (40, 37)])
