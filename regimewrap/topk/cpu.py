@@ -132,7 +132,7 @@ def _blocks(x: Tensor, y: Tensor, selection: Selection) -> tuple[int, int, int] 
 
 def _flat(x: Tensor, integer: torch.dtype) -> Any:
     """View the memory of a tensor without gaps as a flat numpy array of integers."""
-    return x.detach().as_strided((x.numel(),), (1,)).view(integer).numpy()
+    return x.as_strided((x.numel(),), (1,)).view(integer).numpy()
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

@@ -95,6 +95,16 @@ def test_a_trace_taken_at_full_budget_still_gates():
     assert torch.equal(traced(x, ratio(0.2)), torch.where(kept(x, 0.2), x, 0))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_a_legacy_trace_holds_the_operator():
+    x = torch.randn(2, 10)
+    # Its own check traces again without gradients, where the gate rightly saves less.
+    traced = torch.jit.trace(lambda x, r: topk_gate(x, r), (x, ratio(1.0)), check_trace=False)
+
+    assert "regimewrap::topk_gate" in str(traced.graph)
+    assert torch.equal(traced(x, ratio(0.2)), torch.where(kept(x, 0.2), x, 0))
+
+
 @pytest.mark.parametrize("scope", SCOPES)
 def test_shape_and_strides_are_known_without_data(scope):
     x = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
