@@ -17,10 +17,9 @@ from regimewrap.errors import StateError, WrapError
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import transformers_run as example  # noqa: E402 - needs transformers
-from transformers import PrinterCallback, Trainer, TrainerCallback  # noqa: E402
-
-from regimewrap.integrations.transformers import RegimeCallback, RegimeTrainerMixin, last_checkpoint  # noqa: E402
+import transformers_run as example
+from regimewrap.integrations.transformers import RegimeCallback, RegimeTrainerMixin, last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 SCRIPT = Path(__file__).with_name("transformers_run.py")
 preload("transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "accelerate")
@@ -187,7 +186,7 @@ def test_a_truncated_checkpoint_is_refused_and_passed_over_in_the_search_for_one
     before = _files(checkpoint.parent)
 
     assert last_checkpoint(checkpoint.parent) == str(checkpoint)
-    with pytest.raises(ValueError, match="Unterminated|delimiter|Expecting"):
+    with pytest.raises(ValueError, match=r"Unterminated|delimiter|Expecting"):
         _trainer(checkpoint.parent, RegimeCallback(RegimePolicy())).train(resume_from_checkpoint=str(path.parent))
     assert _files(checkpoint.parent) == before
     assert last_checkpoint(checkpoint.parent / "nothing") is None

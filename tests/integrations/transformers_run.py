@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from regimewrap.integrations.transformers import RegimeCallback, RegimeTrainerMixin, last_checkpoint
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from regimewrap import CyclePolicy, GatePolicy, RegimePolicy
-from regimewrap.integrations.transformers import RegimeCallback, RegimeTrainerMixin, last_checkpoint
 from regimewrap.strategies import Dense, EmaReset
 
 DEFAULTS: dict[str, Any] = {
@@ -39,12 +39,11 @@ def policy(strategy: str) -> RegimePolicy:
     return RegimePolicy(gate=GatePolicy(scope="position"), cycle=cycle)
 
 
-def tiny_model() -> GPT2LMHeadModel:
+def tiny_model(**changes: Any) -> GPT2LMHeadModel:
+    """Return a causal language model, with its default dropout: an exact resume has to go on with that too."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )  # with its default dropout, which an exact resume has to go on with too
-    return GPT2LMHeadModel(config)
+    size = {"vocab_size": 32, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **size | changes))
 
 
 class Perceptron(nn.Module):
@@ -90,7 +89,7 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         del args, control, kwargs
-        print(state.global_step, flush=True)
+        print(state.global_step, flush=True)  # noqa: T201 - a test waits for it
 
 
 class NanOnRank1:
