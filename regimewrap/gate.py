@@ -31,7 +31,7 @@ class Site:
 
     ``name`` is the dotted name of an activation module, or of a module followed by the method and the function called
     in it. ``kind`` is the family of the activation, ``multiplier`` scales the shared keep ratio here, ``channel_dim``
-    is the dimension that position scope selects over (``None``: 1 for images and volumes, else the last).
+    is the dimension that position scope selects over (``None``: the last, if there are three dimensions at most).
     """
 
     name: str
@@ -126,9 +126,16 @@ class TopKGate:
             return x
         channel_dim = site.channel_dim
         if channel_dim is None:
-            channel_dim = 1 if x.dim() in (4, 5) else -1
+            if x.dim() > 3 and self._rule["scope"] == "position":
+                raise SelectionError(
+                    f"{site.name}: nothing tells which dimension of {tuple(x.shape)} holds the channels; set "
+                    "gate.channel_dim in the policy (1 for images, -1 for channels last), or exclude the site."
+                )
+            channel_dim = -1
         try:
-            return topk_gate(x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **self._rule)
+            return topk_gate(
+                x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **self._rule
+            )
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
 

@@ -16,6 +16,8 @@ from regimewrap.gate import Site, gate_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose
 from regimewrap.sites.finder import Activation, find
+from regimewrap.sites.probe import untouched
+from regimewrap.sites.purpose import Purpose
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     census = _Census(root)
     gate.observers.append(census.saw_gate)
     try:
-        with _untouched(model), torch.compiler.set_stance("force_eager"), census.watching():
+        with untouched(model), torch.compiler.set_stance("force_eager"), census.watching():
             model(*args, **kwargs)
     finally:
         gate.observers.remove(census.saw_gate)
@@ -122,7 +124,7 @@ class _Census(TorchFunctionMode):
             self._ran.append((Activation(path, type(module).__name__, kind, path), output))
 
     def escaped(self, policy: Any) -> Iterator[Activation]:
-        planned = find(self._root)
+        planned, purpose = find(self._root), Purpose(self._root)
         for activation, output in self._ran:
             if id(output) in self._seen:
                 continue
@@ -135,18 +137,5 @@ class _Census(TorchFunctionMode):
                 and each.call
                 and each.call.short == activation.label
             ]
-            if any(choose(policy, each, self._root)[0] for each in known or [activation]):
+            if any(choose(policy, each, purpose)[0] for each in known or [activation]):
                 yield activation
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

@@ -8,87 +8,88 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate import Site, TopKGate, find_gate
+from regimewrap.gate import TopKGate, at_keep_ratio, find_gate
 from regimewrap.policy import RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
-from regimewrap.sites.choose import check_patterns, choose, multiplier
+from regimewrap.sites.choose import check, choose, site_for
 from regimewrap.sites.finder import find
 from regimewrap.sites.plan import Plan, Row
+from regimewrap.sites.probe import activation_shapes, as_call, run
+from regimewrap.sites.purpose import Purpose
+from regimewrap.verify import verify
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def plan(model: nn.Module, policy: RegimePolicy | None = None) -> Plan:
+def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs: Any = None) -> Plan:
     """Say what ``wrap`` would do to a model, and why, without doing it.
 
     Args:
         model: any ``torch.nn.Module`` that is not wrapped.
         policy: what to gate; the default policy if ``None``.
+        example_inputs: what the model can be called with: a tuple of positional arguments, a mapping of keyword ones,
+            or a single one. With it the model is run once, without a trace left, and the shapes of its activations
+            help to tell features from the weights that gates compute.
 
     Returns:
         A row for each activation; print it.
 
     Raises:
         WrapError: the model is not one, is wrapped already, or is scripted as a whole.
-        PolicyError: a pattern of the policy matches no activation.
+        PolicyError: the policy names kinds or patterns that the model does not have, or contradicts itself.
     """
     root = _root(model)
     policy = _policy(policy)
     if find_gate(root) is not None:
         raise AlreadyWrappedError(f"{type(root).__name__} is wrapped already; call regimewrap.unwrap(model) first.")
     found = find(root)
-    check_patterns(policy.sites, [activation.name for activation in found])
-    choices = [choose(policy.sites, activation, root) for activation in found]
+    check(policy.sites, [activation.name for activation in found])
+    purpose = Purpose(root, activation_shapes(root, example_inputs) if example_inputs is not None else None)
+    choices = [choose(policy.sites, activation, purpose) for activation in found]
     prepared = prepare(root, [each for each, (wanted, _) in zip(found, choices, strict=True) if wanted], found)
     rows = []
     for activation, (wanted, why) in zip(found, choices, strict=True):
         mechanism = prepared.mechanisms.get(activation.name)
-        site = None
-        if mechanism is not None:
-            dim = policy.gate.channel_dim
-            scale = multiplier(policy.sites, activation.name)
-            site = Site(activation.name, activation.kind, scale, None if dim == "auto" else dim)
+        site = site_for(policy, activation, root) if mechanism is not None else None
         rows.append(Row(activation, mechanism, wanted, prepared.problems.get(activation.name, why), site))
     return Plan(type(root).__name__, tuple(rows), prepared.rebindings)
 
 
-def wrap(model: M, policy: RegimePolicy | None = None, *, strict: bool = True) -> M:
+def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = None, strict: bool = True) -> M:
     """Put one shared top-k gate behind the chosen activations of a model, in place.
 
     Args:
         model: any ``torch.nn.Module``; DDP's or ``torch.compile``'s wrapper around one works too.
         policy: what to gate and how; the default policy if ``None``.
+        example_inputs: as for ``plan``. With it the wrapped model is also compared with the bare one: the same output,
+            bit for bit, at full budget, and no selected activation that runs without a gate.
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
 
     Returns:
         The same object. What changes on it: activation modules get a forward hook; a module whose methods call an
-        activation function gets a subclass of its class with the same name, in which these methods are rewritten; the
-        model itself gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number
-        generator and the users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of
-        the bare model. ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
+        activation function gets a subclass of its class with the same name, in which these methods are rewritten; an
+        activation that something outside the model holds too is replaced by a copy; the model itself gets one private
+        attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number generator and the users' hooks
+        are not touched; at keep ratio 1 outputs and gradients are bit for bit those of the bare model.
+        ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
 
     Raises:
         NoSitesError: the policy selects nothing; the message lists the activations that were seen.
         AlreadyWrappedError: the model is wrapped.
         UnreachableSiteError: ``strict``, and a selected activation cannot be reached.
-        PolicyError: a pattern of the policy matches no activation.
-        WrapError: not a model, or scripted. After any failure the model is as it was.
+        PolicyError: the policy names kinds or patterns that the model does not have, or contradicts itself.
+        WrapError: not a model, scripted, or its output changed. After any failure the model is as it was.
     """
     root = _root(model)
     policy = _policy(policy)
-    planned = plan(root, policy)
+    planned = plan(root, policy, example_inputs=example_inputs)
     if planned.unreachable:
         lines = "; ".join(f"{row.name} ({row.why})" for row in planned.unreachable)
-        message = (
-            f"{planned.model}: the policy selects activations that cannot be gated: {lines}. "
-            "Exclude them in sites.exclude, or pass strict=False to gate the others only."
-        )
-        if strict:
-            raise UnreachableSiteError(message)
-        warnings.warn(message, stacklevel=2)
+        _refuse(f"{planned.model}: the policy selects activations that cannot be gated: {lines}", strict)
     if not planned.gated:
         seen = ", ".join(f"{row.name} ({row.activation.kind}: {row.why})" for row in planned.rows[:12]) or "none at all"
         more = f" and {len(planned) - 12} more" if len(planned) > 12 else ""
@@ -96,7 +97,15 @@ def wrap(model: M, policy: RegimePolicy | None = None, *, strict: bool = True) -
             f"{planned.model} has no activation that the policy selects. Activations seen: {seen}{more}. "
             "Widen sites.kinds or sites.include."
         )
+    _warn_if_causal(root, policy)
+    bare = run(root, example_inputs) if example_inputs is not None else None
     rewriting.apply(root, planned, TopKGate(policy))
+    if example_inputs is not None:
+        try:
+            _compare(root, bare, example_inputs, strict)
+        except BaseException:
+            rewriting.undo(root)
+            raise
     _forget_compiled(model)
     return model
 
@@ -119,6 +128,48 @@ def unwrap(model: M) -> M:
     rewriting.undo(root)
     _forget_compiled(model)
     return model
+
+
+def _compare(model: nn.Module, bare: Any, example_inputs: Any, strict: bool) -> None:
+    with at_keep_ratio(model, 1.0):
+        full = run(model, example_inputs)
+    same = [_equal(a, b) for a, b in zip(tree_leaves(bare), tree_leaves(full), strict=False)]
+    if not all(same):
+        raise WrapError(
+            f"{type(model).__name__}: the wrapped model's output at full budget is not that of the bare one, so the "
+            "model is left as it was. Is it random beyond torch's generators? If not, this is a fault of regimewrap."
+        )
+    args, kwargs = as_call(example_inputs)
+    with torch.no_grad():
+        coverage = verify(model, *args, **kwargs)
+    if coverage.escaped:
+        _refuse(f"{type(model).__name__}: activations ran without a gate: {', '.join(coverage.escaped)}", strict)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.is_meta:
+        return True
+    return a.shape == b.shape and bool(torch.all((a == b) | ((a != a) & (b != b))))
+
+
+def _refuse(message: str, strict: bool) -> None:
+    message += ". Exclude them in sites.exclude, or pass strict=False to gate the others only."
+    if strict:
+        raise UnreachableSiteError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def _warn_if_causal(model: nn.Module, policy: RegimePolicy) -> None:
+    if policy.gate.scope == "position":
+        return
+    generates = getattr(model, "can_generate", None)
+    causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
+    if causal or (callable(generates) and generates() is True):
+        warnings.warn(
+            f"{type(model).__name__} looks like a causal language model: with scope={policy.gate.scope!r} later tokens "
+            'decide what earlier ones keep. Use GatePolicy(scope="position").',
+            stacklevel=3,
+        )
 
 
 def _policy(policy: RegimePolicy | Mapping[str, Any] | None) -> RegimePolicy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from regimewrap.gate import GATE_ATTRIBUTE, SiteGate, TopKGate
-from regimewrap.rewrite import graph, hook, rebind
+from regimewrap.rewrite import graph, hook, rebind, share
 from regimewrap.sites.plan import Plan
 
 
@@ -20,10 +20,11 @@ def apply(model: nn.Module, plan: Plan, gate: TopKGate) -> None:
         Exception: whatever went wrong; the model is then as it was.
     """
     gates = {row.name: SiteGate(gate, row.site) for row in plan.rows if row.site is not None}
+    hooked = {row.activation.module: gates[row.name] for row in plan.gated if row.mechanism == "hook"}
     try:
-        for row in plan.gated:
-            if row.mechanism == "hook":
-                hook.attach(model.get_submodule(row.activation.module), gates[row.name])
+        share.replace_shared(model, map(model.get_submodule, filter(None, hooked)))
+        for path, site_gate in hooked.items():
+            hook.attach(model.get_submodule(path), site_gate)
         for path, rebinding in plan.recipes.items():
             module, called = model.get_submodule(path), tuple(gates[name] for name in rebinding.sites)
             if isinstance(module, fx.GraphModule):
@@ -50,6 +51,7 @@ def _guard_encoders(model: nn.Module) -> None:
 
 def undo(model: nn.Module) -> None:
     """Remove everything that ``apply`` put on ``model`` or on any module in it."""
+    share.put_back(model)
     for module in list(model.modules()):
         hook.detach(module)
         rebind.release(module)

@@ -19,8 +19,9 @@ from regimewrap.gate import GATE_ATTRIBUTE, Site, SiteGate, TopKGate
 from regimewrap.policy import RegimePolicy
 from regimewrap.rewrite.graph import TwoModes, gate_graph_module, graphs_of
 from regimewrap.sites import catalog
-from regimewrap.sites.choose import choose, multiplier
+from regimewrap.sites.choose import choose, site_for
 from regimewrap.sites.finder import Activation
+from regimewrap.sites.purpose import Purpose
 
 
 class InsertGates(PassBase):
@@ -39,10 +40,11 @@ class InsertGates(PassBase):
         """Insert the gates; ``modified`` says whether there was anything to gate."""
         sites: dict[str, Site] = {}
         indices: list[dict[str, int]] = []
+        purpose = Purpose(graph_module)
         for graph in graphs_of(graph_module):
             indices.append({})
             for node in graph.nodes:
-                site = self._site(node, graph_module)
+                site = self._site(node, graph_module, purpose)
                 if site is not None:
                     sites.setdefault(site.name, site)
                     indices[-1][node.name] = list(sites).index(site.name)
@@ -54,17 +56,13 @@ class InsertGates(PassBase):
         graph_module.__dict__[GATE_ATTRIBUTE] = self.gate
         return PassResult(graph_module, modified=True)
 
-    def _site(self, node: fx.Node, module: fx.GraphModule) -> Site | None:
+    def _site(self, node: fx.Node, module: fx.GraphModule, purpose: Purpose) -> Site | None:
         kind = catalog.kind_of_node(node, module)
         if kind is None:
             return None
         name = str(node.target) if node.op == "call_module" else node.name
-        wanted, _ = choose(
-            self.policy.sites, Activation(name, name, kind, name if node.op == "call_module" else ""), module
-        )
-        dim = self.policy.gate.channel_dim
-        scale = multiplier(self.policy.sites, name)
-        return Site(name, kind, scale, None if dim == "auto" else dim) if wanted else None
+        found = Activation(name, name, kind, name if node.op == "call_module" else "")
+        return site_for(self.policy, found, module) if choose(self.policy.sites, found, purpose)[0] else None
 
 
 def insert_gates(module: nn.Module, policy: RegimePolicy | None = None) -> fx.GraphModule:

@@ -123,7 +123,7 @@ class Scope:
             if isinstance(base, types.ModuleType | type):
                 return getattr(base, node.attr, UNKNOWN)
             if isinstance(base, nn.Module):
-                return _attribute(base, node.attr)
+                return stored(base, node.attr)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             base = self.value_of(node.value)
             if type(base) in (list, tuple, dict, nn.ModuleList, nn.Sequential, nn.ModuleDict):
@@ -146,8 +146,8 @@ class Scope:
         return self.function.__globals__.get(name, getattr(builtins, name, UNKNOWN))
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
-    # Only what is stored: a property or a descriptor would run the user's code.
+def stored(module: nn.Module, name: str) -> Any:
+    """Return an attribute of a module, or ``UNKNOWN`` if it is not stored: a property would run the user's code."""
     for store in (module.__dict__, module._modules, module._parameters, module._buffers):
         if name in store:
             return store[name]
@@ -272,7 +272,8 @@ def _names_activation(function: types.FunctionType) -> bool:
 
 def held_activations(module: nn.Module) -> Set[str]:
     """Return the names of plain attributes that are activation functions, or lists or dicts of them."""
-    return {name for name, value in module.__dict__.items() if not name.startswith("_") and _holds_activation(value)}
+    held = {name for name, value in module.__dict__.items() if not name.startswith("_") and _holds_activation(value)}
+    return held | {"activation"} if isinstance(module, TORCH_LAYERS) else held
 
 
 def _holds_activation(value: Any) -> bool:

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from torch import nn
 
 from regimewrap.errors import PolicyError
-from regimewrap.policy import SitePolicy
+from regimewrap.gate import Site
+from regimewrap.policy import RegimePolicy, SitePolicy
+from regimewrap.settings import nearest
+from regimewrap.sites.catalog import KINDS
 from regimewrap.sites.finder import Activation
+from regimewrap.sites.layout import channel_dim
+from regimewrap.sites.purpose import Purpose
 
-# Class names of modules whose inner activations only compute a weight for something else, in lower case.
-_GATING_BLOCKS = ("squeezeexc", "semodule", "selayer", "seblock", "channelattn", "spatialattn", "ecamodule", "cbam")
 
-
-def choose(policy: SitePolicy, activation: Activation, model: nn.Module) -> tuple[bool, str]:
+def choose(policy: SitePolicy, activation: Activation, purpose: Purpose) -> tuple[bool, str]:
     """Say whether a policy gates an activation, and why, in words.
 
     Args:
         policy: which activations the user wants.
         activation: one that was found.
-        model: where it was found; read only.
+        purpose: what the model's activations are for.
     """
     if activation.kind not in policy.kinds:
         return False, f"{activation.kind} is not among sites.kinds"
@@ -34,24 +36,37 @@ def choose(policy: SitePolicy, activation: Activation, model: nn.Module) -> tupl
         return False, "not in sites.include"
     if included != "*":
         return True, f"included by {included!r}"
-    block = _gating_block(activation, model)
-    if block is not None:
-        return False, f"{block} computes a gate, not features"
+    gate = purpose.gate_computed(activation)
+    if gate is not None:
+        return False, gate
     return True, f"a hidden {activation.kind}"
 
 
-def multiplier(policy: SitePolicy, name: str) -> float:
-    """Return the keep ratio's multiplier at a site; the last pattern that matches wins."""
-    matches = [value for pattern, value in policy.multipliers.items() if fnmatch.fnmatchcase(name, pattern)]
-    return matches[-1] if matches else 1.0
+def site_for(policy: RegimePolicy, activation: Activation, model: nn.Module) -> Site:
+    """Return an activation's place under the gate: its multiplier and, for position scope, its channel dimension."""
+    dim: int | None = None
+    if policy.gate.scope == "position":
+        asked = policy.gate.channel_dim
+        dim = channel_dim(model, activation.module) if asked == "auto" else asked
+    scales = policy.sites.multipliers.items()
+    scale = next((value for pattern, value in scales if fnmatch.fnmatchcase(activation.name, pattern)), 1.0)
+    return Site(activation.name, activation.kind, scale, dim)
 
 
-def check_patterns(policy: SitePolicy, names: Sequence[str]) -> None:
-    """Refuse patterns that match no activation at all.
+def check(policy: SitePolicy, names: Sequence[str]) -> None:
+    """Refuse a policy that cannot mean what it says for a model.
+
+    Args:
+        policy: which activations the user wants.
+        names: the names of all activations of the model.
 
     Raises:
-        PolicyError: with the pattern and the nearest names.
+        PolicyError: a kind is unknown, a pattern matches no activation, everything that one includes is excluded, or
+            two multipliers contradict each other at a site.
     """
+    for kind in policy.kinds:
+        if kind not in KINDS:
+            raise PolicyError(f"sites.kinds: {kind!r} is none of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     for field, patterns in (
         ("include", policy.include),
         ("exclude", policy.exclude),
@@ -63,16 +78,17 @@ def check_patterns(policy: SitePolicy, names: Sequence[str]) -> None:
                 raise PolicyError(
                     f"sites.{field}: {pattern!r} matches no activation of this model; nearest are {', '.join(near)}."
                 )
+    for pattern in policy.include:
+        matched = fnmatch.filter(names, pattern)
+        if matched and all(_first_match(policy.exclude, name) for name in matched):
+            raise PolicyError(
+                f"sites.include: all that {pattern!r} matches is in sites.exclude too; remove one of them."
+            )
+    for name in names:
+        scales = {pattern: value for pattern, value in policy.multipliers.items() if fnmatch.fnmatchcase(name, pattern)}
+        if len(set(scales.values())) > 1:
+            raise PolicyError(f"sites.multipliers: {name} matches {scales}; leave one of these patterns, or one value.")
 
 
 def _first_match(patterns: Sequence[str], name: str) -> str | None:
     return next((pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)), None)
-
-
-def _gating_block(activation: Activation, model: nn.Module) -> str | None:
-    parts = activation.module.split(".") if activation.module else []
-    for length in range(len(parts) + 1):
-        name = type(model.get_submodule(".".join(parts[:length]))).__name__
-        if name.replace("_", "").lower().startswith(_GATING_BLOCKS):
-            return name
-    return None

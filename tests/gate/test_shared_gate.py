@@ -52,8 +52,13 @@ def test_scopes_say_what_competes(scope, kept):
 
 def test_position_scope_selects_over_the_channels_of_images():
     x = torch.rand(2, 8, 3, 3) + 0.1
-    y = gated(RegimePolicy(gate=GatePolicy(scope="position")), 0.25, x)
+    y = gated(RegimePolicy(gate=GatePolicy(scope="position")), 0.25, x, site=Site("act", "relu", channel_dim=1))
     assert (y != 0).sum(1).unique().tolist() == [2]
+
+
+def test_position_scope_asks_when_nothing_tells_the_channels():
+    with pytest.raises(SelectionError, match=r"act: nothing tells.*channel_dim"):
+        gated(RegimePolicy(gate=GatePolicy(scope="position")), 0.25, torch.rand(2, 8, 3, 3))
 
 
 @pytest.mark.parametrize(("eval_keep_ratio", "kept"), [(1.0, 10), (0.5, 5), ("current", 2)])
@@ -73,11 +78,8 @@ def test_multipliers_scale_the_ratio_but_not_the_full_budget():
 def test_at_keep_ratio_restores_after_an_exception():
     model = wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     gate_of(model).set_keep_ratio(0.7)
-    with pytest.raises(KeyError), at_keep_ratio(model, 0.1):
-        with at_keep_ratio(model, 0.2):
-            assert gate_of(model).keep_ratio == 0.2
-        assert gate_of(model).keep_ratio == 0.1
-        raise KeyError
+    with at_keep_ratio(model, 0.1), pytest.raises(KeyError), at_keep_ratio(model, 0.2) as gate:
+        {}[float(gate.keep_ratio)]
     assert gate_of(model).keep_ratio == 0.7
 
 
