@@ -14,7 +14,7 @@ from regimewrap import RegimeCycler, RegimePolicy
 
 # Falls and resets often. The losses are noisy, so that the ranks' own signals would disagree about when.
 POLICY = RegimePolicy().replace(
-    cycle={"strategy": {"kind": "ema-reset", "decay": 0.9, "tolerance": 0.05, "cooldown": 1}, "every": 5}
+    cycle={"strategy": {"kind": "ema-reset", "decay": 0.9, "tolerance": 0.01, "cooldown": 1}, "every": 5}
 )
 
 
@@ -72,3 +72,10 @@ def digest(model: nn.Module) -> str:
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         seen.update(name.encode() + local.detach().numpy().tobytes())
     return seen.hexdigest()
+
+
+UPDATES = 100
+
+
+def policy_named(name: str) -> RegimePolicy | None:
+    return {"reset": POLICY, "dense": RegimePolicy.preset("dense"), "bare": None}[name]

@@ -65,9 +65,9 @@ def accelerate_loop() -> tuple[RegimeCycler, str]:
 
 
 def lightning_loop() -> tuple[RegimeCycler, str]:
-    from lightning_tiny import trained
+    from lightning_tiny import fit
 
-    callback, model = trained(UPDATES, devices=dist.get_world_size(), strategy="ddp")
+    callback, model = fit(UPDATES)
     return callback.cycler, digest(model)
 
 

@@ -1,0 +1,61 @@
+# ruff: noqa: T201 - scripts print
+"""A loop of one's own, on one rank or on several with DDP, that goes on from its checkpoint when started again.
+
+Usage: ``plain_run.py FOLDER POLICY``, with the policy ``reset``, ``dense`` or ``bare`` for a model without regimewrap.
+Prints each update's loss, and the decisions and the weights' fingerprint at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import UPDATES, bare, batch, digest, policy_named, sgd, trace, wrapped
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from regimewrap import RegimeCycler
+
+SAVE_EVERY = 3  # also between two decisions
+
+folder, policy = Path(sys.argv[1]), policy_named(sys.argv[2])
+file = folder / "checkpoint.pt"
+many = "WORLD_SIZE" in os.environ
+if many:
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if many else 0
+
+model = bare() if policy is None else wrapped(policy=policy)
+optimizer = sgd(model)
+cycler = None if policy is None else RegimeCycler(model)
+done = 0
+if file.exists():
+    checkpoint = torch.load(file, weights_only=True)
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    cycler.load_state_dict(checkpoint["cycler"])
+    done = checkpoint["done"]
+if cycler is not None:
+    cycler.check_sync()
+net = nn.parallel.DistributedDataParallel(model) if many else model
+
+for update in range(done, UPDATES):
+    x, y = batch(update, rank)
+    loss = mse_loss(net(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if cycler is not None:
+        cycler.step(loss)
+    if cycler is not None and (update + 1) % SAVE_EVERY == 0:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": update + 1}
+        state["cycler"] = cycler.state_dict(all_ranks=True)
+        if rank == 0:
+            torch.save(state, folder / "saving")
+            os.replace(folder / "saving", file)  # noqa: PTH105 - all of it or nothing
+    print(update, loss.item().hex())
+print(json.dumps({"trace": trace(cycler) if cycler else [], "digest": digest(model)}))
