@@ -13,6 +13,7 @@ import pytest
 import regimewrap
 
 PACKAGE = Path(regimewrap.__file__).parent
+ADAPTERS = Path(__file__).parents[1] / "integrations"  # regimewrap.integrations, whose folder stands beside the package
 
 # A room imports from rows above its own, and from itself. "regimewrap" is the front door, __init__.py.
 ORDER = [
@@ -23,28 +24,26 @@ ORDER = [
     {"gate"},
     {"sites", "cycle_state", "telemetry"},
     {"rewrite", "cycler"},
-    {"wrap", "verify"},
+    {"verify"},
+    {"wrap"},
     {"sweep"},
     {"regimewrap"},
-    {"recipes", "report", "testing", "integrations"},
-    {"cli"},
+    {"recipes", "report", "testing"},
+    {"cli", "integrations"},
     {"__main__"},
 ]
 RANK = {room: rank for rank, row in enumerate(ORDER) for room in row}
 WITHOUT_TORCH = ["errors", "policy", "report", "results", "settings", "strategies"]
+# What adapters live on: the front door, whose functions share names with rooms, and the rooms documented beside it.
+PUBLIC = {"regimewrap", "wrap", "verify", "sweep", "errors", "policy", "strategies", "telemetry", "recipes"}
 HEAVY = ["timm", "transformers", "torchvision", "matplotlib", "sklearn", "rich", "typer", "numba", "scipy", "pandas"]
 
 
 def _sources() -> list[tuple[str, str]]:
     """Every module as its room and its text."""
-    return [
-        (
-            PACKAGE.name if path.name == "__init__.py" and path.parent == PACKAGE else parts[0].removesuffix(".py"),
-            path.read_text(),
-        )
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for parts in [path.relative_to(PACKAGE).parts]
-    ]
+    ours = [(path, path.relative_to(PACKAGE).parts[0].removesuffix(".py")) for path in PACKAGE.rglob("*.py")]
+    adapters = [(path, "integrations") for path in ADAPTERS.rglob("*.py")]
+    return [(PACKAGE.name if room == "__init__" else room, path.read_text()) for path, room in sorted(ours + adapters)]
 
 
 def _imports(source: str) -> set[str]:
@@ -75,6 +74,12 @@ def test_every_room_has_its_place_in_the_order():
 
 def test_imports_run_one_way():
     assert {(room, other) for room, source in _sources() for other in _backward(room, source)} == set()
+
+
+def test_adapters_use_public_names():
+    used = {other for room, source in _sources() if room == "integrations" for other in _rooms_imported(source)}
+    assert used
+    assert used - PUBLIC - {"integrations"} == set()
 
 
 def test_a_backward_import_would_be_seen():
