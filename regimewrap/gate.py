@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regimewrap.errors import NotWrappedError, SelectionError, WrapError
 from regimewrap.policy import RegimePolicy, require_ratio
-from regimewrap.topk.op import topk_gate
+from regimewrap.topk.op import pre_relu_gate, topk_gate
 
 #: The attribute of a wrapped model's ``__dict__`` that holds its gate.
 GATE_ATTRIBUTE = "_regimewrap"
@@ -72,6 +72,8 @@ class TopKGate:
             "ties": rule.ties,
             "gradient": rule.gradient,
         }
+        self._relu_rule = {name: value for name, value in self._rule.items() if name not in ("score", "gradient")}
+        self._masked = rule.gradient == "masked"
         self._min_units = self.policy.sites.min_units
         self._eval_ratio = (
             None
@@ -119,7 +121,16 @@ class TopKGate:
             observe(site, x, y)
         return y
 
-    def _select(self, x: Tensor, site: Site, training: bool) -> Tensor:
+    @property
+    def selects_before_relu(self) -> bool:
+        """Whether a ReLU is gated on its input, which saves nothing for backward; its output is the same."""
+        return self._masked and not self.observers
+
+    def before_relu(self, x: Tensor, site: Site, training: bool) -> Tensor:
+        """Return what gives, after a ReLU, the gated activation; arguments as for ``__call__``, ``x`` its input."""
+        return self._select(x, site, training, pre_relu_gate)
+
+    def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
         if self._dense_in_eval and not training and not self._forced:
             return x
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
@@ -133,9 +144,8 @@ class TopKGate:
                 )
             channel_dim = -1
         try:
-            return topk_gate(
-                x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **self._rule
-            )
+            rule = self._rule if select is topk_gate else self._relu_rule
+            return select(x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
 

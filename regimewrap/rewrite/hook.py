@@ -1,4 +1,4 @@
-"""The first mechanism: a forward hook behind an activation that is a module."""
+"""The first mechanism: hooks on an activation that is a module."""
 
 from __future__ import annotations
 
@@ -23,14 +23,52 @@ class GateHook:
         return self.gate(output, module.training)
 
 
+class ReluHook(GateHook):
+    """The forward hook of a ReLU: it has nothing to do if ``BeforeRelu`` has done it."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Gate ``output`` unless the input was."""
+        if _gates_input(self.gate, module, args):
+            return output
+        return super().__call__(module, args, output)
+
+
+class BeforeRelu:
+    """A forward pre-hook that gates a ReLU on its input.
+
+    The result is the same as on its output. But a ReLU saves its output for backward, and the next layer saves what it
+    is given: gated afterwards these are two tensors, gated before they are one. (WRN-28-4 keeps 1.00 times the bytes of
+    the dense net instead of 1.34.) Not for a ReLU that works in place: its input would stay as it was.
+    """
+
+    def __init__(self, gate: SiteGate) -> None:
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Gate the input, unless the output has to be."""
+        if not _gates_input(self.gate, module, args):
+            return None
+        return (self.gate.gate.before_relu(args[0], self.gate.site, module.training),)
+
+
+def _gates_input(gate: SiteGate, module: nn.Module, args: Any) -> bool:
+    return bool(args) and not module.inplace and gate.gate.selects_before_relu
+
+
 def attach(module: nn.Module, gate: SiteGate) -> None:
     """Gate what ``module`` returns, before any other forward hook of it sees it."""
-    module.register_forward_hook(GateHook(gate), prepend=True)
+    if type(module) is nn.ReLU:
+        module.register_forward_pre_hook(BeforeRelu(gate))
+        module.register_forward_hook(ReluHook(gate), prepend=True)
+    else:
+        module.register_forward_hook(GateHook(gate), prepend=True)
 
 
 def detach(module: nn.Module) -> None:
     """Remove every gate hook of ``module``."""
-    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, GateHook)]:
-        del module._forward_hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)
-        module._forward_hooks_always_called.pop(key, None)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, GateHook | BeforeRelu)]:
+            del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
