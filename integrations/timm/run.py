@@ -41,6 +41,7 @@ from .task import STATE_KEY, RegimeTask, is_wrapped
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from regimewrap import RegimeCycler
     from regimewrap.recipes.data import ImageData
 
 # A resumed run may have other values of these. What --data and --policy name is compared by its contents.
@@ -204,9 +205,7 @@ class Run:
         losses = _from_all_ranks(self.loss_sum.item() / self.updates_per_epoch)
         row = OrderedDict(loss=sum(losses) / len(losses), **self._regime())
         if seen is not None and isinstance(task, RegimeTask):
-            first = self._updates - self.updates_per_epoch
-            lowest = min((each.keep_ratio for each in task.cycler.history if each.step > first), default=1.0)
-            row["keep_ratio_min"] = min(lowest, row["keep_ratio"])
+            row["keep_ratio_min"] = _lowest(task.cycler, self._updates - self.updates_per_epoch, self._updates)
             row["bound"], row["density"] = seen.bound, seen.density
         return row
 
@@ -367,8 +366,10 @@ class Run:
     def _schedule(self) -> tuple[Any, int]:
         """Return timm's learning rate schedule and the number of epochs that it makes of those asked for."""
         args = self.args
+        if args.sched == "plateau":
+            raise RegimewrapError("--sched plateau cannot be resumed exactly: timm does not save all of its state.")
         with _refusals_of_timm(f"--sched {args.sched}"):
-            return create_scheduler_v2(  # type: ignore[no-any-return]
+            schedule, epochs = create_scheduler_v2(
                 self.optimizer,
                 args.sched,
                 num_epochs=args.epochs,
@@ -378,6 +379,9 @@ class Run:
                 updates_per_epoch=self.updates_per_epoch,
                 **dict(args.sched_kwargs),
             )
+        if schedule is None and args.sched != "none":  # so did timm before 1.0.31
+            raise RegimewrapError(f"timm refused --sched {args.sched}: there is no such schedule.")
+        return schedule, int(epochs)
 
     # Words
 
@@ -402,6 +406,17 @@ class Run:
         if self.args.rank == 0:
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
+
+
+def _lowest(cycler: RegimeCycler, first: int, last: int) -> float:
+    """Return the lowest keep ratio of the updates after ``first``, up to ``last``."""
+    lowest = cycler.policy.strategy.initial_keep_ratio
+    for decision in cycler.history:
+        if decision.step <= first:
+            lowest = decision.keep_ratio
+        elif decision.step < last:
+            lowest = min(lowest, decision.keep_ratio)
+    return lowest
 
 
 def _from_all_ranks(value: Any) -> list[Any]:
