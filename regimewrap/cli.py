@@ -153,7 +153,7 @@ def train(
             "--policy": policy,
             "--epochs": epochs,
             "--batch-size": batch_size,
-            "--lr": f"{lr:g}",
+            "--lr": lr,
             "--limit": limit,
             "--seed": seed,
         }
