@@ -65,6 +65,17 @@ def _count(keys: Any, pivot: Any) -> Any:
 
 
 @_compiled
+def _survey(keys: Any) -> Any:
+    """Return the smallest key, the largest, and how many are positive."""
+    least, most = keys[0], keys[0]
+    positive = int32(0)
+    for i in range(keys.size):
+        least, most = min(least, keys[i]), max(most, keys[i])
+        positive = int32(positive + int32(keys[i] > 0))
+    return int64(least), int64(most), int64(positive)
+
+
+@_compiled
 def _nearest(keys: Any, low: Any, high: Any) -> Any:
     """Return the smallest key that is at least ``low`` and the largest below ``high``."""
     above, below = high, low
@@ -127,16 +138,15 @@ def _threshold(keys: Any, ratio: float, active: bool, signed: bool, sample: Any)
     """Return k, the threshold of one row, how many keys reach it, and how many exceed it."""
     n = keys.size
     as_key = keys.dtype.type
-    least, most = _nearest(keys, as_key(np.iinfo(keys.dtype).min), as_key(np.iinfo(keys.dtype).max))
-    positive = _count(keys, as_key(1))
+    least, most, positive = _survey(keys)
     total = n
     if active:
         total = positive + n - _count(keys, as_key(0)) if signed else positive
     k = max(1, int64(float64(total) * ratio))
     if k <= positive:
-        low, at_low, high, at_high = max(int64(least), 1), positive, int64(most) + 1, 0
+        low, at_low, high, at_high = max(least, 1), positive, most + 1, 0
     elif signed:
-        low, at_low, high, at_high = int64(least), n, 1, positive
+        low, at_low, high, at_high = least, n, 1, positive
     else:
         return k, 0, n, positive
     if at_low == k or high - low <= 1:
@@ -145,6 +155,7 @@ def _threshold(keys: Any, ratio: float, active: bool, signed: bool, sample: Any)
     guess = min(max(low + int64((high - low) * share), low + 1), high - 1)
     density = 0.0
     if n >= _SAMPLED_FROM:
+        sample = sample[: min(n // 32, sample.size)]
         # An odd stride, lest all of the sample lie in one channel.
         step = n // sample.size | 1
         place = 0
@@ -156,13 +167,14 @@ def _threshold(keys: Any, ratio: float, active: bool, signed: bool, sample: Any)
         scale = float64(sample.size) / float64(n)
         rank = int64(k * scale) + 1
         spread = int64(2.0 * np.sqrt(rank * (1.0 - k / n))) + 1
-        inside, outside = _count(sample, as_key(low)), _count(sample, as_key(high))
-        if rank + spread < inside and rank - spread > outside:
-            left, at_left, _ = _narrow(sample, rank + spread, low, inside, high, outside, guess, 0.0)
-            right, at_right, _ = _narrow(sample, rank - spread, left, at_left, high, outside, left + 1, 0.0)
+        left, at_left, at_high_left = low, _count(sample, as_key(low)), _count(sample, as_key(high))
+        if rank - spread > at_high_left and rank < at_left:
+            if rank + spread < at_left:
+                left, at_left, _ = _narrow(sample, rank + spread, low, at_left, high, at_high_left, guess, 0.0)
+            right, at_right, _ = _narrow(sample, rank - spread, left, at_left, high, at_high_left, left + 1, 0.0)
             if right > left:
                 density = float64(at_left - at_right) / scale / float64(right - left)
-                guess = max(left + (right - left) // 2, low + 1)
+                guess = min(max(left + (right - left) // 2, low + 1), high - 1)
     low, at_low, at_high = _narrow(keys, k, low, at_low, high, at_high, guess, density)
     return k, low, at_low, at_high
 
