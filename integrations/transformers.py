@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from regimewrap import RegimeCycler, RegimePolicy, gate_of, watch, wrap
@@ -82,6 +80,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
         self._policy = policy
         self._model: nn.Module | None = None
         self._cycler: RegimeCycler | None = None
+        self._shared: dict[str, Any] | None = None  # the latest state of all ranks
         self._loss: Tensor | None = None  # of this update, summed over its micro-batches
         self._gets_each_loss = False
         self._logged = 0  # the trainer's global_step up to which the logs have been counted
@@ -99,9 +98,11 @@ class RegimeCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the trainer puts into its checkpoints: no arguments, the running state as an attribute."""
-        if self._cycler is None or self._model is None:
+        if self._cycler is None:
             return {"args": {}, "attributes": {}}
-        return {"args": {}, "attributes": {"regime": saved(self._cycler, self._model)}}
+        # Only rank 0 is asked, so what the others had to add was gathered when the save became due.
+        known = self._shared is not None and self._shared["cycler"]["updates"] == self._cycler.updates
+        return {"args": {}, "attributes": {"regime": self._shared if known else self._saved()}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wrap the model."""
@@ -115,6 +116,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
 
         Raises:
             StateError: the checkpoint's state belongs to another policy, model or version, or is damaged.
+            SyncError: the ranks do not begin alike.
             WrapError: the trainer has two of these callbacks.
         """
         del args, control
@@ -125,13 +127,14 @@ class RegimeCallback(TrainerCallback, ExportableState):
             raise WrapError(f"the trainer has {len(kept)} callbacks {name}; one drives the model: remove the others.")
         self._attach(kwargs["model"])  # a trainer with model_init has just made a new one
         self._cycler = RegimeCycler(kwargs["model"])
-        self._loss, self._gets_each_loss, self._logged = None, False, state.global_step
+        self._shared, self._loss, self._gets_each_loss, self._logged = None, None, False, state.global_step
         # At step 0 what is kept is only what the trainer has asked this object itself.
         if state.global_step > 0:
             if kept is None:
                 _log.info("The checkpoint of step %d has no regime: a new cycle begins.", state.global_step)
             else:
                 resume(self._cycler, kwargs["model"], _regime(kept, name))
+        self._cycler.check_sync()
         entries[name] = self.state()  # the trainer fails to save what is not there yet
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -171,7 +174,6 @@ class RegimeCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Give the model the keep ratio of the checkpoint that ``load_best_model_at_end`` took its weights from."""
         del control
-        self._loss = None
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         name = type(self).__name__
@@ -184,13 +186,15 @@ class RegimeCallback(TrainerCallback, ExportableState):
     def add_loss(self, loss: Tensor) -> None:
         """Take a micro-batch's share of the loss of the update that is being made.
 
-        ``RegimeTrainerMixin`` calls it. From then on the logs are not looked at, if it is the loss that is monitored.
+        ``RegimeTrainerMixin`` calls it. A policy that monitors the loss then no longer looks at the logs.
 
         Args:
             loss: 0-d, detached. The shares of one update add up to its loss.
         """
-        self._gets_each_loss = self.cycler.policy.monitor == "loss"
-        self._loss = loss if self._loss is None else self._loss + loss
+        cycle = self.cycler.policy
+        if cycle.strategy.needs_signal and cycle.monitor == "loss":
+            self._gets_each_loss = True
+            self._loss = loss if self._loss is None else self._loss + loss
 
     def observe(self, logs: dict[str, Any], global_step: int) -> None:
         """Count the updates since the last training log, with what this one says; the same log twice counts once.
@@ -238,18 +242,13 @@ class RegimeCallback(TrainerCallback, ExportableState):
         if not (control.should_save or best) or not self.cycler.policy.strategy.needs_signal:
             return
         if self._gets_each_loss:
-            self._share_pending()
+            self._shared = self._saved(all_ranks=True)
         else:
             control.should_log = True
 
-    def _share_pending(self) -> None:
-        """Make the values that wait for the next decision the same on all ranks, since only rank 0's are saved."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, self.cycler.state_dict())
-        waiting = zip(*(state["pending"] for state in states), strict=True)
-        self.cycler.load_state_dict({**states[0], "pending": [_mean(values) for values in waiting]})
+    def _saved(self, *, all_ranks: bool = False) -> dict[str, Any]:
+        assert self._model is not None  # noqa: S101 - it comes before the cycler
+        return saved(self.cycler, self._model, all_ranks=all_ranks)
 
 
 class RegimeTrainerMixin(Trainer):
@@ -359,8 +358,3 @@ def _regime(kept: object, name: str) -> Any:
             f"the checkpoint's state of {name} is damaged: expected attributes with a regime. "
             "Resume from another checkpoint, or delete that entry from its trainer_state.json to begin a new cycle."
         ) from None
-
-
-def _mean(values: tuple[float | None, ...]) -> float | None:
-    finite = [value for value in values if value is not None]
-    return math.fsum(finite) / len(finite) if finite else None
