@@ -174,7 +174,7 @@ class RegimeCallback(Callback):
         for each in (name, f"{name}_step"):
             if each in logged:
                 return logged[each].detach()
-        if name == "loss" and outputs.get("loss", 0) is None:  # training_step returned None to skip this batch
+        if name == "loss" and module.automatic_optimization:  # training_step returned None to skip this batch
             return math.nan
         raise SignalError(
             f"the policy monitors {name!r}, which training_step neither returned nor logged; "
