@@ -23,7 +23,8 @@ _SMALLEST_LEAD = 0.002
 
 TIE_RULE = (
     "Two arms tie when zero lies within the 95 % confidence interval of the difference of their means "
-    "(Student's t over seeds, pooled variance), or when the means differ by less than 0.2 points."
+    "(Welch's t over seeds), or when the means differ by less than 0.2 points. Each comparison stands alone: "
+    "of twenty between arms that are alike, one would show a difference by chance."
 )
 
 
@@ -90,9 +91,11 @@ def tie(a: Spread, b: Spread) -> bool:
     n, m = len(a.values), len(b.values)
     if n < 2 or m < 2:
         return True
-    freedom = n + m - 2
-    pooled = ((n - 1) * variance(a.values) + (m - 1) * variance(b.values)) / freedom
-    half_width = _T95[min(freedom, len(_T95)) - 1] * math.sqrt(pooled * (1 / n + 1 / m))
+    ours, theirs = variance(a.values) / n, variance(b.values) / m
+    squared_error = ours + theirs
+    # Welch: arms differ in spread, a compressed one most of all.
+    freedom = squared_error**2 / (ours**2 / (n - 1) + theirs**2 / (m - 1)) if squared_error > 0 else 1.0
+    half_width = _T95[min(math.floor(freedom + 1e-9), len(_T95)) - 1] * math.sqrt(squared_error)
     return abs(fmean(a.values) - fmean(b.values)) <= max(half_width, _SMALLEST_LEAD)
 
 

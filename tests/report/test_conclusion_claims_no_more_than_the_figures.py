@@ -79,6 +79,12 @@ def test_a_difference_is_no_tie_once_seeds_tell_it_apart():
     assert not tie(spread([0.90, 0.93] * 8), spread([0.93, 0.96] * 8))
 
 
+def test_an_arm_that_varies_more_must_differ_more():
+    dense = spread([0.949, 0.950, 0.951, 0.950, 0.950])
+    assert tie(spread([0.936, 0.939, 0.941, 0.944, 0.954]), dense)
+    assert not tie(spread([0.942, 0.942, 0.943, 0.943, 0.944]), dense)
+
+
 accuracies = st.one_of(st.floats(0, 1), st.just(math.nan))
 runs = st.dictionaries(st.sampled_from(["1.0", "0.5", "0.2", "0.1"]), accuracies)
 arms = st.dictionaries(st.sampled_from(["dense", "loss-reset", "accuracy-relax"]), st.lists(runs, max_size=3))
