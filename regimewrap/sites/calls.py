@@ -98,6 +98,8 @@ def _own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
         (home, name, value)
         for home in cls.__mro__
         if home.__module__.partition(".")[0] != "torch" or home in TORCH_LAYERS
+        # Mix-ins bring functions for other times than the forward pass (sampling, losses).
+        if issubclass(home, nn.Module) or "forward" in vars(home)
         for name, value in vars(home).items()
         if home is not object and isinstance(value, types.FunctionType) and not name.startswith("_regimewrap")
     )
@@ -121,7 +123,10 @@ class Scope:
         if isinstance(node, ast.Attribute):
             base = self.value_of(node.value)
             if isinstance(base, types.ModuleType | type):
-                return getattr(base, node.attr, UNKNOWN)
+                try:
+                    return getattr(base, node.attr, UNKNOWN)
+                except Exception:  # noqa: BLE001  torch.classes and the like load things on access
+                    return UNKNOWN
             if isinstance(base, nn.Module):
                 return stored(base, node.attr)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
@@ -161,23 +166,28 @@ def in_evaluation_order(node: ast.AST) -> Iterator[ast.AST]:
     yield node
 
 
-def find_calls(function: types.FunctionType, module: nn.Module, registered: Set[int] = frozenset()) -> list[Call]:
-    """Return the activation calls in one method's own code.
+def find_calls(
+    function: types.FunctionType, module: nn.Module | None, registered: Set[int] = frozenset()
+) -> list[Call]:
+    """Return the activation calls in one function's own code.
 
     Args:
-        function: a method's function.
-        module: an instance, so that ``self.act(x)`` can be looked up.
+        function: a method's function, or a plain one.
+        module: for a method an instance, so that ``self.act(x)`` can be looked up.
         registered: ids of the modules that hooks reach; a call of any other activation module counts as a call here.
     """
     function = body_of(function)
-    if not _names_activation(function) and not (held_activations(module) & _names(function.__code__)):
+    held = held_activations(module) if module is not None else set()
+    if not _names_activation(function) and not held & _names(function.__code__):
         return []
     if parse(function) is None:
         kinds = {
             name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in _names(function.__code__)
         }
         return [
-            Call(name, kind, NOWHERE) for name, kind in sorted(kinds.items()) if kind and name not in module._modules
+            Call(name, kind, NOWHERE)
+            for name, kind in sorted(kinds.items())
+            if kind and (module is None or name not in module._modules)
         ]
     scope = Scope(function, module)
     found = []
@@ -187,6 +197,27 @@ def find_calls(function: types.FunctionType, module: nn.Module, registered: Set[
             target = in_place_target(node) if dropped and _works_in_place(node) else None
             found.append(Call(ast.unparse(node.func), kind, span_of(node), dropped, target))
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def find_helpers(function: types.FunctionType) -> tuple[types.FunctionType, ...]:
+    """Return the plain functions that a method calls by name and that call an activation themselves."""
+    function = body_of(function)
+    known = (function.__globals__.get(name) for name in function.__code__.co_names)
+    if not any(_is_helper(value) for value in known):
+        return ()
+    scope = Scope(function)
+    callees = {id(value): value for node, _ in _call_nodes(function) if _is_helper(value := scope.value_of(node.func))}
+    return tuple(callees.values())
+
+
+def _is_helper(value: Any) -> bool:
+    return (
+        isinstance(value, types.FunctionType)
+        and value.__module__.partition(".")[0] != "torch"
+        and catalog.kind_of_function(value) is None
+        and _names_activation(body_of(value))
+    )
 
 
 def find_dropped(function: types.FunctionType, module: nn.Module) -> list[tuple[ast.Call, nn.Module]]:

@@ -112,6 +112,7 @@ NAMES: dict[str, str] = {
     "gelutanh": "gelu",
     "gelupytorchtanh": "gelu",
     "clippedgelu": "gelu",
+    "bloomgelu": "gelu",
     "accurategelu": "gelu",
     "silu": "silu",
     "swish": "silu",

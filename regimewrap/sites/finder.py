@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import fx, nn
@@ -18,6 +19,7 @@ from regimewrap.sites.calls import (
     body_of,
     find_calls,
     find_dropped,
+    find_helpers,
     in_place_target,
     own_methods,
     span_of,
@@ -143,6 +145,20 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int]) -> Iterator[
                 Method(path, owner, name),
                 call,
                 problem=_problem(name, call),
+            )
+        yield from _in_helpers(place, path, name, function)
+
+
+def _in_helpers(place: str, path: str, name: str, function: FunctionType) -> Iterator[Activation]:
+    """Find activations in the plain functions that a method calls; nothing reaches them there."""
+    for helper in find_helpers(function):
+        for call in find_calls(helper, None):
+            yield Activation(
+                f"{place}.{helper.__name__}.{call.short}",
+                call.text,
+                call.kind,
+                path,
+                problem=f"it is in the function {helper.__name__}, which {name} calls; call it in the method itself",
             )
 
 

@@ -15,14 +15,21 @@ from regimewrap.sites import catalog
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Restore a model's buffers and torch's random number generators on the way out."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # A forward pass may change a buffer or put another one in its place.
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
                 buffer.copy_(before)
 
 

@@ -58,6 +58,7 @@ class Purpose:
     def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self._model = model
         self._shapes = shapes or {}
+        self._paths = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self._graphs: dict[str, fx.Graph | None] = {}
 
     def gate_computed(self, activation: Activation) -> str | None:
@@ -65,7 +66,7 @@ class Purpose:
         parent, _, target = activation.module.rpartition(".")
         if isinstance(self._model, fx.GraphModule):
             parent, target = "", activation.module
-        if activation.method is None and target and self._near_gate(parent):
+        if activation.name == activation.module and parent in self._paths and self._near_gate(parent):
             graph = self._graph(parent)
             if graph is not None:
                 calls = graph.find_nodes(op="call_module", target=target)
@@ -79,6 +80,8 @@ class Purpose:
         return self._named(activation)
 
     def _named(self, activation: Activation) -> str | None:
+        if activation.module not in self._paths:
+            return None  # made during the forward pass
         parts = activation.module.split(".") if activation.module else []
         for length in range(len(parts) + 1):
             name = type(self._model.get_submodule(".".join(parts[:length]))).__name__
@@ -90,7 +93,7 @@ class Purpose:
         """Say whether anything sigmoid-like is in a block or in the one around it; a cheap first look."""
         for near in {path, path.rpartition(".")[0]}:
             for module in self._model.get_submodule(near).modules() if near else (self._model, *self._model.children()):
-                if catalog.kind_of_module(module) in _GATES or calls_gate(type(module)):
+                if catalog.kind_of_module(module) in _GATES or calls_gate(module.__class__):
                     return True
         return False
 
