@@ -15,7 +15,7 @@ import functools
 import os
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -165,14 +165,18 @@ def _give_up(error: Exception) -> None:
 
 def _share(run: Callable[[int, int], None], items: int, step: int, elements: int) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
-    parts = min(torch.get_num_threads(), elements // _GRAIN, items // step)
+    threads = torch.get_num_threads()
+    parts = min(threads, elements // _GRAIN, items // step)
     try:
         if parts <= 1:
             run(0, items)
             return True
         bounds = [items // step * part // parts * step for part in range(parts)] + [items]
-        others = [_pool(parts).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
-        run(*bounds[:2])
+        others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
+        try:
+            run(*bounds[:2])
+        finally:
+            wait(others)  # nobody writes to the tensor once we have returned
         for other in others:
             other.result()
     except Exception as error:  # noqa: BLE001  a build that fails must not end a training run

@@ -3,9 +3,10 @@
     python tests/benchmarks/gate_speed.py [--batch 32]
 
 At the three shapes of a WRN-28-4's activations. The published way ranks with ``torch.topk``, scatters ones into a mask
-and multiplies. The warm ReLU writes into memory that it has written before; all else allocates as in training.
-Columns: nanoseconds a unit of ``relu_gate``; how many times longer the published way takes; ``relu_gate`` as a multiple
-of a ReLU, warm and not; the same for a gate before a ReLU module, and for one behind it.
+and multiplies. What is "warm" writes into memory that it has written before; all else allocates as in training, where
+the first touch of new memory can cost more than the arithmetic. Columns: nanoseconds a unit of ``relu_gate``, warm and
+not; how many times longer the published way takes; ``relu_gate`` as a multiple of a ReLU, warm and not; the same for a
+gate before a ReLU module, and for one behind it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from paired import Rounds, arguments, show
 from torch import Tensor
 
+from regimewrap.topk import cpu
 from regimewrap.topk.op import pre_relu_gate, relu_gate, topk_gate
+from regimewrap.topk.selection import Selection
 
 SHAPES = ((64, 32, 32), (128, 16, 16), (256, 8, 8))
 
@@ -43,6 +46,17 @@ def warm_relu(x: Tensor, upstream: Tensor) -> Callable[[], object]:
     return run
 
 
+def warm_gate(x: Tensor, upstream: Tensor, keep_ratio: float) -> Callable[[], object]:
+    y, grad, bits = torch.empty_like(x), torch.empty_like(x), torch.empty(0, dtype=torch.uint8)
+
+    def run() -> None:
+        if not cpu.gate(x, y, bits, keep_ratio, Selection(score="positive")):
+            raise RuntimeError("no kernel serves this tensor")
+        torch.ops.aten.threshold_backward.grad_input(upstream, y, 0, grad_input=grad)
+
+    return run
+
+
 def main() -> None:
     options = arguments(__doc__, batch=32)
     rows = []
@@ -57,6 +71,7 @@ def main() -> None:
                 "before": step(lambda x, r=r: torch.relu(pre_relu_gate(x, r)), x, upstream),
                 "behind": step(lambda x, r=r: topk_gate(torch.relu(x), r), x, upstream),
                 "relu": step(torch.relu, x, upstream),
+                "warm gate": warm_gate(x, upstream, keep_ratio),
                 "warm relu": warm_relu(x, upstream),
             }
             times = Rounds(contenders, options.rounds)
@@ -64,9 +79,10 @@ def main() -> None:
                 {
                     "units": x[0].numel(),
                     "keep ratio": keep_ratio,
-                    "gate ns/unit": times.seconds("gate") / x.numel() * 1e9,
+                    "warm ns": times.seconds("warm gate") / x.numel() * 1e9,
+                    "gate ns": times.seconds("gate") / x.numel() * 1e9,
                     "published/gate": times.ratio("published", "gate"),
-                    "gate/warm relu": times.ratio("gate", "warm relu"),
+                    "warm gate/warm relu": times.ratio("warm gate", "warm relu"),
                     "gate/relu": times.ratio("gate", "relu"),
                     "before/relu": times.ratio("before", "relu"),
                     "behind/relu": times.ratio("behind", "relu"),
