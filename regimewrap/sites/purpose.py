@@ -93,7 +93,8 @@ class Purpose:
         """Say whether anything sigmoid-like is in a block or in the one around it; a cheap first look."""
         for near in {path, path.rpartition(".")[0]}:
             for module in self._model.get_submodule(near).modules() if near else (self._model, *self._model.children()):
-                if catalog.kind_of_module(module) in _GATES or calls_gate(module.__class__):
+                cls: Any = type(module)
+                if catalog.kind_of_module(module) in _GATES or calls_gate(cls):
                     return True
         return False
 
