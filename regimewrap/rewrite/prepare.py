@@ -6,23 +6,21 @@ or rewritten once for all instances of its class that read alike.
 
 from __future__ import annotations
 
-import ast
-import functools
 import types
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from regimewrap.rewrite.graph import GraphRecipe, NotTraceableError, trace_method
+from regimewrap.rewrite.guarded import GuardedRecipe
 from regimewrap.rewrite.rebind import NewMethod, Recipe
-from regimewrap.rewrite.source import NotRewritableError, SourceRecipe
-from regimewrap.sites.calls import Call, Scope, Span, body_of, parse
+from regimewrap.rewrite.source import NotRewritableError, SourceRecipe, rewritten
+from regimewrap.sites.calls import Call, Span
 from regimewrap.sites.finder import Activation, Method
 from regimewrap.sites.plan import Mechanism
-from regimewrap.sites.straight import why_not_straight
+from regimewrap.sites.straight import prove
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,17 @@ class _Edits:
     kept: list[Span] = field(default_factory=list)
 
 
-def prepare(model: nn.Module, selected: Sequence[Activation], found: Sequence[Activation]) -> Prepared:
+def prepare(
+    model: nn.Module,
+    selected: Sequence[Activation],
+    found: Sequence[Activation] = (),  # noqa: ARG001  wrap still passes it
+) -> Prepared:
     """Choose mechanisms and build new methods.
 
     Args:
         model: the model, read only.
         selected: the activations to gate.
-        found: every activation of the model, in the order in which ``find`` gave them.
+        found: not needed.
     """
     prepared = Prepared()
     edits: dict[str, dict[Method, _Edits]] = defaultdict(lambda: defaultdict(_Edits))
@@ -91,24 +93,18 @@ def prepare(model: nn.Module, selected: Sequence[Activation], found: Sequence[Ac
             tuple(each.name for each in activations),
             nodes={each.node: place for place, each in enumerate(activations) if each.node is not None},
         )
-    calls: dict[Method, list[Call]] = defaultdict(list)
-    for activation in found:
-        if activation.method is not None and activation.call is not None:
-            calls[activation.method].append(activation.call)
     for path, methods in edits.items():
-        _prepare_module(model.get_submodule(path), path, methods, calls, prepared)
+        _prepare_module(model.get_submodule(path), path, methods, prepared)
     return prepared
 
 
-def _prepare_module(
-    module: nn.Module, path: str, methods: dict[Method, _Edits], calls: dict[Method, list[Call]], prepared: Prepared
-) -> None:
+def _prepare_module(module: nn.Module, path: str, methods: dict[Method, _Edits], prepared: Prepared) -> None:
     built: list[NewMethod] = []
     sites: list[str] = []
     for method, edit in methods.items():
         indices = {each.call: len(sites) + place for place, each in enumerate(edit.called) if each.call is not None}
         try:
-            mechanism, recipe = _recipe(module, method, calls[method], indices, tuple(edit.kept))
+            mechanism, recipe = _recipe(module, method, indices, tuple(edit.kept))
         except NotRewritableError as error:
             for each in edit.called:
                 prepared.problems[each.name] = f"{method.name} cannot be rewritten: {error}"
@@ -122,55 +118,36 @@ def _prepare_module(
 
 
 def _recipe(
-    module: nn.Module, method: Method, calls: list[Call], indices: dict[Call, int], kept: tuple[Span, ...]
+    module: nn.Module, method: Method, indices: dict[Call, int], kept: tuple[Span, ...]
 ) -> tuple[Mechanism, Recipe]:
     function: types.FunctionType = vars(method.owner)[method.name]
-    if not kept and getattr(type(module), method.name) is function and why_not_straight(function, module) is None:
-        traced = _traced(module, method.name, function, tuple(calls), tuple(indices.get(call) for call in calls))
+    spans = tuple((call.span, index) for call, index in indices.items())
+    dropped = tuple(call.span for call in indices if call.target is not None)
+    source = SourceRecipe(method.owner.__name__, spans, (*kept, *dropped))
+    rewritten(source, function)  # a trace starts from it, and the proof is worth nothing if it fails
+    if not kept and getattr(type(module), method.name) is function:
+        traced = _traced(module, method, function, source)
         if traced is not None:
             return "graph", traced
-    kept += tuple(call.span for call in indices if call.target is not None)
-    recipe = SourceRecipe(method.owner.__name__, tuple((call.span, index) for call, index in indices.items()), kept)
-    _try(recipe, function)
-    return "source", recipe
-
-
-@functools.lru_cache(maxsize=1024)
-def _try(recipe: SourceRecipe, function: types.FunctionType) -> None:
-    recipe.build(function)
+    return "source", source
 
 
 _TRACED: dict[object, GraphRecipe | None] = {}
 
 
-def _traced(
-    module: nn.Module,
-    name: str,
-    function: types.FunctionType,
-    calls: tuple[Call, ...],
-    indices: tuple[int | None, ...],
-) -> GraphRecipe | None:
-    """Trace a method, or return what the trace of an instance that reads alike gave; ``None`` if FX cannot."""
-    key = (function, _readings(function, module), indices)
+def _traced(module: nn.Module, method: Method, function: types.FunctionType, source: SourceRecipe) -> Recipe | None:
+    """Trace a method, or return what the trace of an instance that reads alike gave; ``None`` if that is not sound."""
+    proof = prove(function, module)
+    if proof.why_not is not None:
+        return None
+    if proof.attributes:
+        guarded = GuardedRecipe(method.owner, method.name, source, proof)
+        return guarded if guarded.prefill(module) else None
+    key = (function, source, proof)
     if key not in _TRACED:
         try:
-            _TRACED[key] = trace_method(module, name, calls, indices)
+            title = f"{method.owner.__name__}.{method.name}"
+            _TRACED[key] = trace_method(module, title, rewritten(source, function))
         except NotTraceableError:
             _TRACED[key] = None
     return _TRACED[key]
-
-
-def _readings(function: types.FunctionType, module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """What a straight-line method reads from ``self``: each expression, and which child or tensor it is."""
-    scope = Scope(body_of(function), module)
-    names = {id(child): name for name, child in module.named_modules()}
-    tree = parse(body_of(function))
-    readings = []
-    for node in ast.walk(tree) if tree is not None else ():
-        if isinstance(node, ast.Attribute | ast.Subscript):
-            value = scope.value_of(node)
-            if isinstance(value, nn.Module):
-                readings.append((ast.unparse(node), names.get(id(value), "")))
-            elif isinstance(value, torch.Tensor):
-                readings.append((ast.unparse(node), type(value).__name__))
-    return tuple(readings)

@@ -69,6 +69,12 @@ class SourceRecipe:
         return _in_decorators(original, function, new)
 
 
+@functools.lru_cache(maxsize=1024)
+def rewritten(recipe: SourceRecipe, original: types.FunctionType) -> types.FunctionType:
+    """Return what ``recipe.build(original)`` gave the first time, to be called and traced but not changed."""
+    return recipe.build(original)
+
+
 class _Rewriter(ast.NodeTransformer):
     def __init__(self, recipe: SourceRecipe, self_name: str) -> None:
         self.gated = dict(recipe.gated)

@@ -1,8 +1,10 @@
-"""Is a method straight-line code, so that a trace of it can be trusted?
+"""Can a trace of a method be trusted, and under which condition?
 
 A trace that succeeds can still be wrong: it freezes branches, loop counts, defaults and attributes at what they were
-while tracing. So a method is traced only if nothing in it could be frozen: its code is a plain sequence of assignments
-and calls, of child modules, torch functions and methods of its own intermediate values. Reads source; runs nothing.
+while tracing. So a method is traced only if nothing in it could be frozen unnoticed: its code is a plain sequence of
+assignments and calls, of child modules, torch functions and methods of its own intermediate values. Plain attributes
+of ``self`` (``self.training``, ``self.drop_rate``), and branches on nothing else, are accepted and recorded: such a
+trace holds as long as these attributes read the same. Reads source; runs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +35,21 @@ _EXPRESSIONS = (
     ast.UnaryOp,
 )
 _GRAMMAR = (ast.expr_context, ast.operator, ast.unaryop, ast.keyword)
+# What may be made of plain attributes and constants, in the test of a branch too.
+_PLAIN_EXPRESSIONS = (
+    ast.BinOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.Constant,
+    ast.IfExp,
+    ast.List,
+    ast.Slice,
+    ast.Subscript,
+    ast.Tuple,
+    ast.UnaryOp,
+)
+_PLAIN_GRAMMAR = (ast.boolop, ast.cmpop, ast.expr_context, ast.operator, ast.unaryop)
 _WORDS = {
-    ast.If: "an if statement",
-    ast.IfExp: "a conditional expression",
     ast.For: "a loop",
     ast.While: "a loop",
     ast.With: "a with statement",
@@ -42,8 +57,6 @@ _WORDS = {
     ast.AugAssign: "an in-place assignment",
     ast.Raise: "a raise statement",
     ast.Assert: "an assert statement",
-    ast.Compare: "a comparison",
-    ast.BoolOp: "and/or",
     ast.Lambda: "a lambda",
     ast.ListComp: "a comprehension",
     ast.GeneratorExp: "a comprehension",
@@ -52,8 +65,66 @@ _WORDS = {
 }
 
 
-def why_not_straight(function: types.FunctionType, module: nn.Module) -> str | None:
-    """Return why a trace of a method might be wrong, or ``None`` if it can be trusted.
+@dataclass(frozen=True)
+class Proof:
+    """Whether a trace of a method can be trusted, and what of ``self`` it depends on.
+
+    Attributes:
+        why_not: why a trace might be wrong; ``None`` if it can be trusted.
+        attributes: names of the plain attributes that the method may read; a trace holds for what they were.
+        parts: the expressions that read children or tensors of ``self``, each with which of the two it is.
+    """
+
+    why_not: str | None
+    attributes: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+
+
+class _Reads(Scope):
+    """A method's scope that writes down what is read from ``self``."""
+
+    def __init__(self, function: types.FunctionType, module: nn.Module) -> None:
+        super().__init__(function, module)
+        self.owner = module
+        self.attributes: dict[str, None] = {}
+        self.parts: dict[str, str] = {}
+
+    def accept(self, node: ast.expr, value: Any) -> bool:
+        """Write down the reading of a known value; ``False`` if it is neither a part of ``self`` nor plain."""
+        if not _reads_self(node, self):
+            return False
+        if isinstance(value, nn.Module | torch.Tensor):
+            self.parts[ast.unparse(node)] = "child" if isinstance(value, nn.Module) else "tensor"
+            return True
+        return self.accept_plain(node)
+
+    def accept_plain(self, node: ast.expr) -> bool:
+        """Write down the reading of a plain attribute, or of an item of one; ``False`` if it is something else."""
+        while isinstance(node, ast.Subscript):
+            node = node.value
+        if not isinstance(node, ast.Attribute) or not _is_self(node.value, self):
+            return False
+        shadowed = hasattr(getattr(type(self.owner), node.attr, None), "__set__")  # a property wins over __dict__
+        if shadowed or not is_plain(self.owner.__dict__.get(node.attr, UNKNOWN)):
+            return False
+        self.attributes[node.attr] = None
+        return True
+
+
+def is_plain(value: object) -> bool:
+    """Say whether a value is a bool, int, float, str, None or a tuple of these, and of no subclass of them.
+
+    The ``repr`` of such a value tells it from every other, so that ``True``, ``1`` and ``1.0``, or ``0.0`` and
+    ``-0.0``, are told apart, and a NaN is recognised.
+    """
+    kind = type(value)
+    if kind is tuple:
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    return value is None or kind is bool or kind is int or kind is float or kind is str
+
+
+def prove(function: types.FunctionType, module: nn.Module) -> Proof:
+    """Say whether a trace of a method can be trusted.
 
     Args:
         function: the method's function, as its class holds it.
@@ -61,21 +132,25 @@ def why_not_straight(function: types.FunctionType, module: nn.Module) -> str | N
     """
     tree = parse(function)
     if tree is None:
-        return "has no readable source"
+        return Proof("has no readable source")
     if tree.decorator_list or hasattr(function, "__wrapped__"):
-        return "is decorated"
+        return Proof("is decorated")
     arguments = tree.args
     if arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs:
-        return "takes star, keyword-only or positional-only arguments"
-    scope = Scope(function, module)
-    for statement in tree.body:
-        reason = _statement(statement, scope)
-        if reason is not None:
-            return reason
-    return None
+        return Proof("takes star, keyword-only or positional-only arguments")
+    scope = _Reads(function, module)
+    reason = _block(tree.body, scope)
+    return Proof(reason) if reason is not None else Proof(None, tuple(scope.attributes), tuple(scope.parts.items()))
 
 
-def _statement(statement: ast.stmt, scope: Scope) -> str | None:
+def _block(statements: list[ast.stmt], scope: _Reads) -> str | None:
+    reasons = (_statement(statement, scope) for statement in statements)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _statement(statement: ast.stmt, scope: _Reads) -> str | None:
+    if isinstance(statement, ast.If):
+        return _plain(statement.test, scope) or _block([*statement.body, *statement.orelse], scope)
     if not isinstance(statement, _STATEMENTS):
         return f"has {_WORDS.get(type(statement), type(statement).__name__)}"
     if isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant):
@@ -93,18 +168,19 @@ def _statement(statement: ast.stmt, scope: Scope) -> str | None:
     return None if value is None else _expression(value, scope)
 
 
-def _expression(node: ast.AST, scope: Scope) -> str | None:
+def _expression(node: ast.AST, scope: _Reads) -> str | None:
+    if isinstance(node, ast.IfExp):
+        return _plain(node.test, scope) or _expression(node.body, scope) or _expression(node.orelse, scope)
+    if isinstance(node, ast.BoolOp | ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)):
+        return _plain(node, scope)
     if not isinstance(node, _EXPRESSIONS + _GRAMMAR):
         return f"has {_WORDS.get(type(node), type(node).__name__)}"
     if isinstance(node, ast.Call):
         return _call(node, scope)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return "has a not"
     if isinstance(node, ast.Name | ast.Attribute | ast.Subscript):
         value = scope.value_of(node)
         if value is not UNKNOWN:
-            stored = isinstance(value, nn.Module | torch.Tensor)
-            return None if stored and _reads_self(node, scope) else f"reads {ast.unparse(node)}"
+            return None if scope.accept(node, value) else f"reads {ast.unparse(node)}"
         if isinstance(node, ast.Attribute) and _is_self(node.value, scope):
             return f"reads {ast.unparse(node)}"
         if isinstance(node, ast.Name):
@@ -116,7 +192,25 @@ def _expression(node: ast.AST, scope: Scope) -> str | None:
     return None
 
 
-def _call(node: ast.Call, scope: Scope) -> str | None:
+def _plain(node: ast.AST, scope: _Reads) -> str | None:
+    """Say why a value depends on more than plain attributes and constants."""
+    if isinstance(node, ast.Attribute) and scope.accept_plain(node):
+        return None
+    if not isinstance(node, _PLAIN_EXPRESSIONS + _PLAIN_GRAMMAR):
+        return f"decides by {ast.unparse(node)}"
+    if isinstance(node, ast.Compare) and any(isinstance(each, ast.Is | ast.IsNot) for each in node.ops):
+        # Equal numbers and strings need not be one object, so identity is known for None, True and False only.
+        known = (isinstance(each, ast.Constant) and isinstance(each.value, bool | None) for each in node.comparators)
+        if not all(known):
+            return f"decides by {ast.unparse(node)}"
+    for child in ast.iter_child_nodes(node):
+        reason = _plain(child, scope)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _call(node: ast.Call, scope: _Reads) -> str | None:
     if any(keyword.arg is None for keyword in node.keywords):
         return "has star arguments"
     arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
@@ -127,7 +221,7 @@ def _call(node: ast.Call, scope: Scope) -> str | None:
     callee = scope.value_of(node.func)
     text = ast.unparse(node.func)
     if isinstance(callee, nn.Module):
-        return None if callee is not scope.module else f"calls {text}"
+        return None if callee is not scope.module and scope.accept(node.func, callee) else f"calls {text}"
     if callee is not UNKNOWN:
         if _reads_self(node.func, scope):
             return f"reads {text}"

@@ -173,3 +173,26 @@ def test_tracing_leaves_buffers_modes_and_randomness_alone():
     assert model.training
     assert not model.layer1.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Leaves(nn.Module):
+    """Drops the result of an activation, which matters only if it works in place."""
+
+    def __init__(self, inplace) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        x = x + 1
+        F.relu(x, inplace=self.inplace)
+        return x
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_dropped_activation_matters_only_in_place(x, inplace):
+    model = Leaves(inplace)
+    graph = insert_gates(model)
+    with at_keep_ratio(graph, 1.0):
+        assert torch.equal(graph(x), model(x))
+    with at_keep_ratio(graph, 0.1):
+        assert torch.equal(graph(x), model(x)) is not inplace
