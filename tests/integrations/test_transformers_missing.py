@@ -6,9 +6,9 @@ import importlib
 import sys
 
 import pytest
+from regimewrap.integrations import requires
 
 from regimewrap.errors import MissingExtraError, UnsupportedVersionError
-from regimewrap.integrations import requires
 
 ADAPTER = "regimewrap.integrations.transformers"
 
