@@ -135,6 +135,7 @@ class Run:
             "ranks": args.world_size,
         }
         self.epoch = self.update = 0
+        self.metric: float | None = None  # of the epoch that a resumed run begins after
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         utils.random_seed(args.seed, args.rank)
         if checkpoint is not None:
@@ -157,6 +158,8 @@ class Run:
         summary = self.args.out / "summary.csv"
         if saver is not None:
             _keep_rows_before(self.epoch, summary)
+        if self.metric is not None:
+            self._save_epoch(saver, self.metric)  # timm can have been stopped before it had ranked this one
         while self.epoch < self.epochs:
             epoch, trained = self.epoch, self._train_epoch(saver)
             self._share_statistics()
@@ -166,12 +169,9 @@ class Run:
                 self.schedule.step(epoch + 1, evaluated["top1"])
             self.epoch, self.update = epoch + 1, 0
             self.loss_sum.zero_()
-            self.task.progress = self._progress()
             if saver is not None:
                 utils.update_summary(epoch, trained, evaluated, summary, lr=rate, write_header=not summary.exists())
-                saver.save_checkpoint(epoch, metric=evaluated["top1"])
-                for path in checkpoints.recoveries(self.args.out):
-                    path.unlink()
+            self._save_epoch(saver, evaluated["top1"])
             self._say(f"epoch {epoch}: {_in_words(trained)}; test {_in_words(evaluated)}")
         self._say(f"Done. The run is in {self.args.out}.")
 
@@ -257,6 +257,14 @@ class Run:
 
     # What is saved, and comes back
 
+    def _save_epoch(self, saver: CheckpointSaver | None, metric: float) -> None:
+        """Save after the last update of an epoch. Every rank must call it."""
+        self.task.progress = self._progress()
+        if saver is not None:
+            saver.save_checkpoint(self.epoch - 1, metric=metric)
+            for path in checkpoints.recoveries(self.args.out):
+                path.unlink()
+
     def _saver(self) -> CheckpointSaver:
         folder = str(self.args.out)
         saver = CheckpointSaver(
@@ -269,9 +277,8 @@ class Run:
             task=self.task,
         )
         # timm finds its files again since 1.0.31 only; here, the files themselves say what they are.
-        ranked = sorted(
-            checkpoints.ranked(self.args.out, before_epoch=self.epoch), key=lambda each: (-each[1], each[0])
-        )
+        until = self.epoch if self.metric is None else self.epoch - 1
+        ranked = sorted(checkpoints.ranked(self.args.out, before_epoch=until), key=lambda each: (-each[1], each[0]))
         saver.checkpoint_files = [(str(path), metric) for _, metric, path in ranked]
         if ranked:
             saver.best_epoch, saver.best_metric = ranked[0][:2]
@@ -319,6 +326,7 @@ class Run:
             if self.schedule is not None:
                 self.schedule.load_state_dict(progress["schedule"])
             self.epoch, self.update = progress["epoch"], progress["update"]
+            self.metric = saved["metric"] if self.update == 0 else None
             self.loss_sum.copy_(own["loss_sum"])
             torch.set_rng_state(own["random"])
             if self.device.type == "cuda" and "random_of_device" in own:

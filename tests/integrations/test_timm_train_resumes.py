@@ -96,9 +96,20 @@ def test_the_same_files_are_left(straight: Path, stopped: Path):
     assert (stopped / "summary.csv").read_bytes() == (straight / "summary.csv").read_bytes()
 
 
-def test_a_finished_run_has_nothing_left_to_do(straight: Path, stopped: Path):
+def test_a_finished_run_has_nothing_left_to_do(straight: Path, stopped: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*SMALL, "--out", str(stopped), "--resume"]) == 0
-    assert _contents(stopped) == _contents(straight)
+    assert "update 1" not in capsys.readouterr().err
+    _assert_same(straight, stopped)
+
+
+def test_what_timm_had_not_ranked_when_it_was_killed_is_ranked(tmp_path: Path):
+    options = [*SMALL, "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert main(options) == 0
+    whole = Path(shutil.copytree(tmp_path / "run", tmp_path / "whole"))
+    for name in ("checkpoint-0.pth.tar", "model_best.pth.tar"):  # it had got as far as last.pth.tar
+        (tmp_path / "run" / name).unlink()
+    assert main([*options, "--resume"]) == 0
+    _assert_same(whole, tmp_path / "run")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # how torch starts workers on Linux
