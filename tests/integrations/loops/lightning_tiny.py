@@ -18,8 +18,7 @@ from torch.nn.functional import mse_loss
 
 from regimewrap import RegimePolicy
 
-MICRO_BATCHES = 2
-BATCHES_PER_EPOCH = 25  # the last update of an epoch has one micro-batch only
+BATCHES_PER_EPOCH = 25
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
@@ -67,7 +66,12 @@ class Say(Callback):
 
 
 def fit(
-    updates: int, policy: RegimePolicy | None = POLICY, folder: Path | None = None, *, say: bool = False
+    updates: int,
+    policy: RegimePolicy | None = POLICY,
+    folder: Path | None = None,
+    *,
+    micro_batches: int = 1,
+    say: bool = False,
 ) -> tuple[RegimeCallback | None, Module]:
     """Train, from the newest checkpoint in ``folder`` if there is one; save there every third update."""
     warnings.simplefilter("ignore")
@@ -86,7 +90,7 @@ def fit(
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        accumulate_grad_batches=MICRO_BATCHES,
+        accumulate_grad_batches=micro_batches,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=folder is not None and callback is not None,

@@ -57,7 +57,7 @@ def with_nan(loss: Tensor, number: int, rank: int) -> Tensor:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
 def trace(cycler: RegimeCycler) -> list[list[object]]:
