@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 _FREE = frozenset(
     ("out", "resume", "data", "policy", "workers", "device", "log_interval", "recovery_interval", "checkpoint_hist")
 )
+# Rescaled to fewer updates, a preset would compress to its floor within a handful.
+_FEWEST_STEPS = 800
 _OF_PROCESS = frozenset(("distributed", "world_size", "rank", "local_rank"))
 
 
@@ -362,7 +364,8 @@ class Run:
             return _BareTask(model, criterion, device=self.device, verbose=False)
         policy = None
         if not is_wrapped(model):
-            policy = policy_named(args.policy or "loss-reset", total_steps=self.epochs * self.updates_per_epoch)
+            total_steps = max(self.epochs * self.updates_per_epoch, _FEWEST_STEPS)
+            policy = policy_named(args.policy or "loss-reset", total_steps)
         return _GatedTask(model, criterion, device=self.device, verbose=False, policy=policy)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
