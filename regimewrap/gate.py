@@ -58,7 +58,7 @@ class TopKGate:
 
     def __init__(self, policy: RegimePolicy | None = None) -> None:
         self.policy = policy if policy is not None else RegimePolicy()
-        self.keep_ratio = torch.ones((), dtype=torch.float64)
+        self.keep_ratio = torch.ones((), dtype=torch.float64, device="cpu")
         self.sites: tuple[Site, ...] = ()
         self.observers: list[Observer] = []
         self._root: weakref.ref[nn.Module] | None = None
