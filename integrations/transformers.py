@@ -286,7 +286,8 @@ class RegimeTrainerMixin(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the trainer's; the loss goes to the callback too."""
-        due = self._seen is None or (self.state.global_step + 1) % self.state.logging_steps == 0
+        every = self.state.logging_steps
+        due = self._seen is None or (every > 0 and (self.state.global_step + 1) % every == 0)
         if due and not self.args.torch_compile:
             model: Any = self.model
             with watch(model) as self._seen:

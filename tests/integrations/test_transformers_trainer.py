@@ -125,8 +125,10 @@ def test_without_the_mixin_a_log_is_made_at_each_decision_and_each_save(tmp_path
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [4, 5, 8, 10, 12]
 
 
-def test_open_loop_policies_need_no_log(tmp_path: Path):
-    trainer = _trained(tmp_path, mixin=False, logging_strategy="no", save_strategy="steps", save_steps=5)
+@pytest.mark.parametrize("mixin", [True, False])
+def test_open_loop_policies_need_no_log(mixin: bool, tmp_path: Path):
+    none = {"logging_strategy": "no", "logging_steps": 0}
+    trainer = _trained(tmp_path, mixin=mixin, save_strategy="steps", save_steps=5, **none)
 
     assert [entry for entry in trainer.state.log_history if "loss" in entry] == []
 
