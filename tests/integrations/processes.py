@@ -24,7 +24,7 @@ from pathlib import Path
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch.distributed", "torch.nn.parallel", "torch._dynamo", "regimewrap"]
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.nn.parallel", "torch._dynamo", "regimewrap"]
 FORKS.set_forkserver_preload(PRELOADED)
 
 
