@@ -52,7 +52,9 @@ class BeforeRelu:
 
 
 def _gates_input(gate: SiteGate, module: nn.Module, args: Any) -> bool:
-    return bool(args) and not module.inplace and gate.gate.selects_before_relu
+    # torch.ao puts the hooks of a ReLU that it fuses on the fused module.
+    plain = type(module) is nn.ReLU and not module.inplace
+    return plain and bool(args) and gate.gate.selects_before_relu
 
 
 def attach(module: nn.Module, gate: SiteGate) -> None:
