@@ -84,7 +84,7 @@ VIDEOS = {
     "mvit_v1_b": Example(size=224),
     "r2plus1d_18": Example(size=32),
     "r3d_18": Example(size=32),
-    "s3d": Example(size=64),
+    "s3d": Example(size=224),
     "swin3d_t": Example(size=32),
 }
 FLOWS = {"raft_small": Example(size=128)}
