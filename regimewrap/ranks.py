@@ -1,8 +1,8 @@
 """What the ranks of one run tell each other, and which of them is missing when that fails.
 
 A decision takes one reduction and one broadcast in the default process group, on any backend; nothing is exchanged in
-between. Before each exchange a rank leaves a mark in the process group's store (a message without an answer), so that
-when an exchange fails or times out, those that never came can be named. No policy and no gate is known here.
+between. Before a decision a rank leaves a mark in the process group's store (a message without an answer), so that when
+it fails or times out, those that never came can be named. No policy and no gate is known here.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def from_rank_0(numbers: Sequence[float], update: int) -> list[float]:
     if world_size() == 1:
         return list(numbers)
     shared = _tensor(*numbers)
-    _exchange(f"rank 0's decision at update {update}", lambda: dist.broadcast(shared, 0, async_op=True), shared.device)
+    what = f"the decision at update {update}"  # as above, so no new mark
+    _exchange(what, lambda: dist.broadcast(shared, 0, async_op=True), shared.device, mark=False)
     return shared.tolist()
 
 
@@ -121,11 +122,12 @@ def _tensor(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
-def _exchange(what: str, start: Callable[[], Any], device: torch.device | None) -> None:
+def _exchange(what: str, start: Callable[[], Any], device: torch.device | None, *, mark: bool = True) -> None:
     """Carry out one collective call, or say which rank it failed for."""
     store = dist.distributed_c10d._get_default_store()
     try:
-        store.set(_key(dist.get_rank()), what)
+        if mark:
+            store.set(_key(dist.get_rank()), what)
         work = start()
         if work is not None:
             patience = _patience(device)

@@ -45,7 +45,7 @@ def test_a_rank_that_comes_late_is_waited_for():
 
 def test_a_rank_that_dies_is_named_and_the_others_do_not_hang():
     for end in _ends_of_the_others("dies"):
-        absence = "rank 2 did not come to it, last seen: rank 0's decision at update 5"
+        absence = "rank 2 did not come to it, last seen: the decision at update 5"
         assert end["error"].startswith(f"the decision at update 10 failed: {absence}. {ADVICE}")
         assert end["updates"] == 9
 
