@@ -46,6 +46,7 @@ def main() -> None:
             accelerator.load_state(folder)
         if epoch % 4 == 3:
             accelerator.print(f"epoch {epoch + 1}: loss {loss:.3f}, keep ratio {cycler.keep_ratio:.2f}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

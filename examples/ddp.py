@@ -17,7 +17,7 @@ from torch import nn
 
 import regimewrap
 
-STEPS, SAVE_EVERY, BATCH = 1000, 100, 32
+STEPS, SAVE_EVERY = 1000, 100
 
 
 def main() -> None:
@@ -26,7 +26,6 @@ def main() -> None:
         dist.init_process_group("gloo")  # "nccl" on GPUs, after torch.cuda.set_device
     rank = dist.get_rank() if dist.is_initialized() else 0
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     regimewrap.wrap(model, regimewrap.RegimePolicy.preset("loss-reset", total_steps=STEPS))  # before DDP or fully_shard
@@ -38,9 +37,8 @@ def main() -> None:
             part.load_state_dict(state)
     cycler.check_sync()  # have all ranks loaded the same?
     net = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-
     for step in range(cycler.updates, STEPS):
-        x = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(step * 1000 + rank))
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step * 1000 + rank))
         loss = (net(x) - x.sin().sum(1, keepdim=True)).square().mean()
         loss.backward()
         optimizer.step()
@@ -53,6 +51,8 @@ def main() -> None:
                 file.with_suffix(".saving").replace(file)  # so that the file is whole whenever we are killed
         if rank == 0 and (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {loss:.3f}, keep ratio {regime.keep_ratio:.2f}, cycle {regime.cycle}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """regimewrap with FSDP2: parameters sharded over the ranks, one keep ratio on all. Ten seconds.
 
-Needs nothing more than regimewrap; the data is generated. Run it with
-``torchrun --standalone --nproc-per-node=2 examples/fsdp2.py``; without torchrun it is one process with a whole model.
+Needs regimewrap alone. Run it with ``torchrun --standalone --nproc-per-node=2 examples/fsdp2.py``.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ def main() -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     cycler = regimewrap.RegimeCycler(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
-
     for step in range(STEPS):
         x = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(step * 1000 + rank))
         loss = (model(x) - x.sin().sum(1, keepdim=True)).square().mean()
@@ -53,6 +51,8 @@ def main() -> None:
         regime = cycler.step(loss)
         if rank == 0 and (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {loss:.3f}, keep ratio {regime.keep_ratio:.2f}, cycle {regime.cycle}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # ruff: noqa: T201 - scripts print
-"""A loop of one's own, on one rank or on several with DDP or FSDP2, that goes on from its checkpoint when started again.
+"""A loop of one's own, on one rank or on several with DDP or FSDP2, that goes on from its checkpoint when restarted.
 
 Usage: ``plain_run.py FOLDER POLICY [fsdp2]``, the policy being ``reset``, ``dense`` or ``bare`` without regimewrap.
 Prints each update's loss, and the decisions and the weights' fingerprint at the end.
@@ -65,3 +65,5 @@ for update in range(done, UPDATES):
             os.replace(folder / "saving", file)  # noqa: PTH105 - all of it or nothing
     print(update, loss.item().hex())
 print(json.dumps({"trace": trace(cycler) if cycler else [], "digest": digest(model)}))
+if many:
+    dist.destroy_process_group()
