@@ -139,7 +139,11 @@ def _reduce_ex(self: nn.Module, protocol: int) -> Any:
     # Only our own subclass cannot be found by name; one that somebody put on top (FSDP does) is theirs to pickle.
     if type(self) is not cls or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return reduced
-    return (_rebuild, (cls.__dict__[_BASE], cls.__dict__[_METHODS], cls.__dict__[_FUSED], *reduced[1][1:]), *reduced[2:])
+    return (
+        _rebuild,
+        (cls.__dict__[_BASE], cls.__dict__[_METHODS], cls.__dict__[_FUSED], *reduced[1][1:]),
+        *reduced[2:],
+    )
 
 
 def _rebuild(base: Any, methods: tuple[NewMethod, ...], fused: tuple[str, ...], *arguments: Any) -> nn.Module:

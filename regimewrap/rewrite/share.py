@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import types
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
 
 _ORIGINAL = "_regimewrap_original"
+
+# The list of activations, the variable of the loop over it, and the argument of getrefcount.
+_REFERENCES_HERE = 3
 
 
 def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
@@ -22,17 +27,27 @@ def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
     Only containers that other models could be built from count: dictionaries, lists and tuples (other modules'
     children, globals, default arguments); local variables do not.
     """
-    own = {id(module._modules) for module in model.modules()}
-    wanted = {id(each) for each in activations}
+    own = {id(each) for module in model.modules() for each in (module._modules, *_plain(module))}
+    # Counting references is quick; looking for who holds them walks all objects there are.
+    own_holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    suspects = [each for each in activations if sys.getrefcount(each) > own_holders[id(each)] + _REFERENCES_HERE]
+    if not suspects:
+        return set()
+    wanted = {id(each) for each in suspects}
     found: set[int] = set()
-    for holder in gc.get_referrers(*activations):
-        if isinstance(holder, types.FrameType) or id(holder) in own or holder is activations:
+    for holder in gc.get_referrers(*suspects):
+        if isinstance(holder, types.FrameType) or id(holder) in own or holder is activations or holder is suspects:
             continue
         if type(holder) in (list, tuple):
             found.update(id(each) for each in holder if id(each) in wanted)
         elif isinstance(holder, dict):
             found.update(id(each) for each in holder.values() if id(each) in wanted)
     return found
+
+
+def _plain(module: nn.Module) -> Iterable[object]:
+    """The lists, tuples and dictionaries that are plain attributes of a module of the model itself."""
+    return [value for value in module.__dict__.values() if type(value) in (list, tuple, dict)]
 
 
 def replace_shared(model: nn.Module, activations: Iterable[nn.Module]) -> None:

@@ -197,10 +197,27 @@ class _Shallow(fx.Tracer):
         return True
 
 
+_FOLLOWED: dict[object, fx.Graph | None] = {}
+
+
 def _follow(module: nn.Module) -> fx.Graph | None:
-    """Trace a module's own forward, children as leaves, if that cannot change anything; only to be read."""
+    """Return the graph of a module's own forward, traced once for modules that are built alike; only to be read."""
     if isinstance(module, fx.GraphModule):
         return module.graph
+    children = tuple((name, type(child)) for name, child in module._modules.items())
+    plain = tuple(
+        (name, type(value), value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, bool | int | float | str | None)
+    )
+    key = (type(module), children, plain)
+    if key not in _FOLLOWED:
+        _FOLLOWED[key] = _trace(module)
+    return _FOLLOWED[key]
+
+
+def _trace(module: nn.Module) -> fx.Graph | None:
+    """Trace a module's own forward, children as leaves, if that cannot change anything."""
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or not _only_computes(body_of(forward)):
         return None
