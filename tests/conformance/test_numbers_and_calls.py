@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from specimens import POLICY, WRITINGS, Layers, Rewritten, assert_same, bare, by_hand, gradients, wrapped
 from torch import Tensor, nn
 
@@ -232,6 +233,22 @@ def test_example_inputs_and_verify_follow_the_same_calls(make, example, x):
     assert len(coverage.gated) == 2
     assert not coverage.escaped
     unwrap(model)
+
+
+def test_googlenets_heads_for_training_come_and_go_with_the_mode():
+    def googlenet() -> nn.Module:
+        torch.manual_seed(0)
+        return torchvision.models.googlenet(num_classes=3, init_weights=False)
+
+    x = torch.randn(2, 3, 32, 32)
+    results = []
+    for model in (googlenet(), wrap(googlenet(), POLICY)):
+        torch.manual_seed(1)
+        results.append((*model.train()(x), model.eval()(x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert type(model.train()(x)) is torchvision.models.GoogLeNetOutputs
+    assert any(name.startswith("aux") for name in verify(model, x).gated)
+    assert isinstance(model.eval()(x), Tensor)
 
 
 def test_wrap_changes_no_requires_grad_and_adds_no_graph(x):

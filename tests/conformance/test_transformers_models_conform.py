@@ -114,6 +114,13 @@ def test_the_local_gelu_of_esm_is_gated_or_reported():
     assert sum("gelu" in name or "intermediate" in name for name in coverage.gated) >= 2
 
 
+def test_the_tanh_of_a_pooler_and_attention_weights_are_left_alone():
+    model = transformers.BertModel(transformers.BertConfig(**SMALL))
+    rows = {row.name: row for row in plan(model, POLICY)}
+    assert not rows["pooler.activation"].gated
+    assert all("intermediate" in row.name for row in rows.values() if row.gated)
+
+
 def test_swiglu_gates_the_activation_and_not_the_product():
     model, seen = wrapped(llama, 0.25), {}
     gate_of(model).observers.append(lambda site, before, after: seen.update({site.name: (before, after)}))
