@@ -108,7 +108,7 @@ def listed() -> Iterator[tuple[str, str, str]]:
             path = line
 
 
-@pytest.mark.parametrize(("path", "case", "test"), listed())
+@pytest.mark.parametrize(("path", "case", "test"), [*listed()])
 def test_every_edge_case_has_its_test(path, case, test):
     tree = ast.parse((Path(__file__).parents[1] / path).read_text(encoding="utf-8"))
     tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
