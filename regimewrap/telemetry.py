@@ -42,6 +42,8 @@ class Watch:
     @torch.no_grad()
     def __call__(self, site: Site, before: Tensor, after: Tensor) -> None:
         """Take one site's activation before and after the gate."""
+        if torch._C._current_graph_task_id() >= 0:
+            return  # inside a backward pass: a recomputation of what was counted before
         non_zero_before = torch.count_nonzero(before)
         non_zero_after = torch.count_nonzero(after) if after is not before else non_zero_before
         self._counts[site.name].append(torch.stack((non_zero_before, non_zero_after)))

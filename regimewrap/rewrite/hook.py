@@ -18,6 +18,11 @@ class GateHook:
     def __init__(self, gate: SiteGate) -> None:
         self.gate = gate
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks of hooks
+            raise AttributeError("a wrapped model cannot be scripted; call regimewrap.unwrap(model) first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002  torch fixes the signature
         """Gate ``output``, in the mode of the module itself."""
         return self.gate(output, module.training)

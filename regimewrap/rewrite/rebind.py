@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from regimewrap.errors import WrapError
 from regimewrap.gate import SiteGate
 
 #: How rewritten code calls the gate: ``self._regimewrap_gate(value, index)``.
@@ -86,8 +87,14 @@ def is_rebound(module: nn.Module) -> bool:
 
 
 def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
-    gate: SiteGate = self.__dict__[_SITES][index]
-    return gate(value, self.training)
+    # A class that somebody put on top of ours (FSDP does) keeps it there after unwrap, without gates.
+    gates: tuple[SiteGate, ...] | None = self.__dict__.get(_SITES)
+    return value if gates is None else gates[index](value, self.training)
+
+
+def _refuse_scripting(self: nn.Module) -> None:
+    name = type(self).__name__
+    raise WrapError(f"{name} is wrapped, and torch.jit.script would script it without its gates; regimewrap.unwrap it.")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,6 +104,7 @@ def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...], fused: tuple
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce_ex,
+        "__prepare_scriptable__": _refuse_scripting,  # torch.jit.script asks for it
         _BASE: cls,
         _METHODS: methods,
         _FUSED: fused,
@@ -120,8 +128,8 @@ def _while_idle(name: str) -> property:
     """Make an attribute that allows a fused kernel read False whenever the gate has something to do."""
 
     def get(self: nn.Module) -> Any:
-        gates: tuple[SiteGate, ...] = self.__dict__[_SITES]
-        return False if gates[0].gate.acts(self.training) else self.__dict__[name]
+        gates: tuple[SiteGate, ...] = self.__dict__.get(_SITES, ())
+        return False if gates and gates[0].gate.acts(self.training) else self.__dict__[name]
 
     def put(self: nn.Module, value: Any) -> None:
         self.__dict__[name] = value

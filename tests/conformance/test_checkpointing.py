@@ -116,7 +116,6 @@ def test_a_ratio_that_changes_between_forward_and_backward_does_not_alter_gradie
 
 @every_writing
 @both_modes
-@pytest.mark.xfail(strict=True, reason="observers are called in the recomputation too")
 def test_statistics_are_not_doubled_by_recomputation(make, use_reentrant, x):
     model = wrapped(make)
     x.requires_grad_()

@@ -137,9 +137,9 @@ def test_a_legacy_trace_gates_as_the_model_does(make, grad_enabled, x):
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(Hooked, marks=pytest.mark.xfail(strict=True, reason="torch's AttributeError names no remedy")),
+        Hooked,
         Traced,
-        pytest.param(Rewritten, marks=pytest.mark.xfail(strict=True, reason="scripts the bare source, ungated")),
+        Rewritten,
     ],
 )
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
