@@ -24,7 +24,8 @@ from pathlib import Path
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.nn.parallel", "torch._dynamo", "regimewrap"]
+_PARTS = ("distributed.fsdp", "distributed.checkpoint", "nn.parallel", "_dynamo")
+PRELOADED = [*(f"torch.{part}" for part in _PARTS), "regimewrap"]
 FORKS.set_forkserver_preload(PRELOADED)
 
 
