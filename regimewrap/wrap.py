@@ -50,7 +50,7 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
     check(policy.sites, [activation.name for activation in found])
     purpose = Purpose(root, activation_shapes(root, example_inputs) if example_inputs is not None else None)
     choices = [choose(policy.sites, activation, purpose) for activation in found]
-    prepared = prepare(root, [each for each, (wanted, _) in zip(found, choices, strict=True) if wanted], found)
+    prepared = prepare(root, [each for each, (wanted, _) in zip(found, choices, strict=True) if wanted])
     rows = []
     for activation, (wanted, why) in zip(found, choices, strict=True):
         mechanism = prepared.mechanisms.get(activation.name)

@@ -61,17 +61,12 @@ class _Edits:
     kept: list[Span] = field(default_factory=list)
 
 
-def prepare(
-    model: nn.Module,
-    selected: Sequence[Activation],
-    found: Sequence[Activation] = (),  # noqa: ARG001  wrap still passes it
-) -> Prepared:
+def prepare(model: nn.Module, selected: Sequence[Activation]) -> Prepared:
     """Choose mechanisms and build new methods.
 
     Args:
         model: the model, read only.
         selected: the activations to gate.
-        found: not needed.
     """
     prepared = Prepared()
     edits: dict[str, dict[Method, _Edits]] = defaultdict(lambda: defaultdict(_Edits))
