@@ -137,7 +137,8 @@ class RegimeCycler:
                 **_flat("gate", self._gates[0].policy.gate.model_dump(mode="json")),
                 "sites": [site.name for site in self._gates[0].sites],
             },
-            f"check_sync at update {self._updates}",
+            "check_sync",
+            self._updates,
         )
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
@@ -154,9 +155,7 @@ class RegimeCycler:
         pending = [value if math.isfinite(value) else None for value in _fetched(self._pending)]
         shares = None
         if all_ranks and ranks.world_size() > 1:
-            shares = ranks.gathered(
-                Share(pending, self.skipped), f"state_dict(all_ranks=True) at update {self._updates}"
-            )
+            shares = ranks.gathered(Share(pending, self.skipped), "state_dict", self._updates)
         policy = self.policy.model_dump(mode="json")
         return plain(Saved(1, policy, self._updates, pending, self._state, self._history, shares))
 

@@ -1,8 +1,8 @@
 """What the ranks of one run tell each other, and which of them is missing when that fails.
 
 A decision takes one reduction and one broadcast in the default process group, on any backend; nothing is exchanged in
-between. Before a decision a rank leaves a mark in the process group's store (a message without an answer), so that when
-it fails or times out, those that never came can be named. No policy and no gate is known here.
+between. Before it the ranks meet in the process group's store: an exchange begins only when all have come to it, so it
+cannot be taken for one of DDP's, and whoever does not come in time is named. No policy and no gate is known here.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from regimewrap.errors import SyncError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: How long a rank whose exchange failed waits for signs of life from the others, in seconds.
-GRACE_S = 3.0
-_FAILED = " failed"
+#: How long a rank that was left alone lives on, in seconds: it may hold the store, which the others have to read.
+GRACE_S = 1.0
 
 
 def world_size() -> int:
@@ -48,61 +46,66 @@ def mean(value: float | None, refused: bool, identity: str, update: int) -> tupl
         update: where we are, for messages.
 
     Raises:
-        SyncError: a rank does not answer.
+        SyncError: a rank does not come.
     """
     size = world_size()
     if size == 1:
         return value, refused, True
     # All are alike if and only if the mean of the squares is the square of the mean; exact up to 2^13 ranks.
     mark = zlib.crc32(identity.encode()) >> 12
-    shared = _tensor(value or 0.0, value is not None, refused, mark, mark * mark)
-    _exchange(f"the decision at update {update}", lambda: dist.all_reduce(shared, async_op=True), shared.device)
+    shared = torch.tensor(
+        [value or 0.0, value is not None, refused, mark, mark * mark], dtype=torch.float64, device=_device()
+    )
+    _meet("the decision", update)
+    _exchange(f"the decision at update {update}", lambda: dist.all_reduce(shared))
     total, count, refusals, marks, squares = shared.tolist()
     return (total / count if count else None), refusals > 0, int(squares) * size == int(marks) ** 2
 
 
 def from_rank_0(numbers: Sequence[float], update: int) -> list[float]:
-    """Return rank 0's numbers, bit for bit; one broadcast.
+    """Return rank 0's numbers, bit for bit; one broadcast, right after ``mean``.
 
     Raises:
-        SyncError: rank 0 does not answer.
+        SyncError: a rank ended meanwhile.
     """
     if world_size() == 1:
         return list(numbers)
-    shared = _tensor(*numbers)
-    what = f"the decision at update {update}"  # as above, so no new mark
-    _exchange(what, lambda: dist.broadcast(shared, 0, async_op=True), shared.device, mark=False)
+    shared = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    _exchange(f"the decision at update {update}", lambda: dist.broadcast(shared, src=0))
     return shared.tolist()
 
 
-def gathered(mine: object, what: str) -> list[Any]:
+def gathered(mine: object, what: str, update: int) -> list[Any]:
     """Return every rank's object, by rank; for rare occasions.
 
     Args:
         mine: anything that pickles.
-        what: what this is, for messages.
+        what: what is being done, the same on all ranks.
+        update: where we are, for messages.
 
     Raises:
-        SyncError: a rank does not answer.
+        SyncError: a rank does not come.
     """
     if world_size() == 1:
         return [mine]
     everyone: list[Any] = [None] * world_size()
-    _exchange(what, lambda: dist.all_gather_object(everyone, mine), None)
+    _meet(what, update)
+    _exchange(f"{what} at update {update}", lambda: dist.all_gather_object(everyone, mine))
     return everyone
 
 
-def require_same(mine: Mapping[str, object], what: str) -> None:
+def require_same(mine: Mapping[str, object], what: str, update: int) -> None:
     """Compare values with those of all other ranks.
 
     Args:
         mine: anything that pickles and compares, by name.
-        what: what is being done, for messages.
+        what: what is being done, the same on all ranks.
+        update: where we are, for messages.
 
     Raises:
-        SyncError: they differ, and the message says who has what; or a rank does not answer.
+        SyncError: they differ, and the message says who has what; or a rank does not come.
     """
-    everyone = gathered(dict(mine), what)
+    everyone = gathered(dict(mine), what, update)
     names = dict.fromkeys(name for each in everyone for name in each)
     differing = [name for name in names if any(each.get(name) != everyone[0].get(name) for each in everyone)]
     if differing:
@@ -115,63 +118,70 @@ def require_same(mine: Mapping[str, object], what: str) -> None:
         )
 
 
-def _tensor(*numbers: float) -> Tensor:
-    """Return the numbers as a tensor where the default process group can reach it."""
+def _device() -> torch.device | None:
+    """Return where the default process group can reach a tensor."""
     on_cpu = any(backend in str(dist.get_backend_config()) for backend in ("cpu:", "gloo", "mpi"))
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    return torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
 
 
-def _exchange(what: str, start: Callable[[], Any], device: torch.device | None, *, mark: bool = True) -> None:
-    """Carry out one collective call, or say which rank it failed for."""
-    store = dist.distributed_c10d._get_default_store()
+def _meet(what: str, update: int) -> None:
+    """Wait until all ranks have come to the same exchange, whatever their update.
+
+    Raises:
+        SyncError: some have not when the process group's timeout is nearly over. Not quite, because what they are in
+            instead may end the process then.
+    """
+    store, size, timeout = dist.distributed_c10d._get_default_store(), dist.get_world_size(), _timeout()
+    here = f"{what} at update {update}"
     try:
-        if mark:
-            store.set(_key(dist.get_rank()), what)
-        work = start()
-        if work is not None:
-            patience = _patience(device)
-            work.wait(patience) if patience else work.wait()
+        store.set(_place(dist.get_rank()), here)
+        turn, behind = divmod(store.add(f"regimewrap/{what}", 1) - 1, size)
+        all_here = f"regimewrap/{what}/{turn}"
+        if behind < size - 1:
+            store.wait([all_here], timeout * 0.9)
+        else:
+            store.delete_key(f"regimewrap/{what}/{turn - 1}")  # everybody has left that one
+            store.set(all_here, "")
+    except RuntimeError as error:
+        raise SyncError(f"{here} failed: {_absent(store, here, timeout)}") from error
+
+
+def _absent(store: Any, here: str, timeout: timedelta) -> str:
+    """Say which ranks did not come to an exchange."""
+    advice = "Each rank must call RegimeCycler.step once per optimizer update; look into the log of that rank."
+    try:
+        seen = {}
+        for number in range(dist.get_world_size()):
+            there = store.check([_place(number)])
+            seen[number] = f"at {store.get(_place(number)).decode()}" if there else "nowhere"
+        time.sleep(GRACE_S)
+    except RuntimeError:
+        return f"rank 0, or the launcher, which holds the store for all, has ended. {advice}"
+    absent = [number for number in seen if seen[number] != f"at {here}"]
+    places = ", ".join(dict.fromkeys(seen[number] for number in absent))
+    seconds = f"{0.9 * timeout.total_seconds():g} s"
+    return f"{_named(absent)} did not come to it within {seconds}, last seen {places}. {advice}"
+
+
+def _exchange(what: str, exchange: Callable[[], object]) -> None:
+    """Carry out a collective call to which all ranks have come."""
+    try:
+        exchange()
     except RuntimeError as error:  # what torch.distributed raises, whatever happened
         reason = str(error).partition("\n")[0]
-        raise SyncError(f"{what} failed: {_culprits(store, what)} (torch.distributed: {reason})") from error
+        raise SyncError(f"{what} failed: all ranks came to it, and one has ended since: {reason}") from error
 
 
-def _patience(device: torch.device | None) -> timedelta | None:
-    """Return a little less than the process group's timeout.
-
-    On NCCL the watchdog ends the process once the timeout itself is over, before anybody can be named.
-    """
+def _timeout() -> timedelta:
+    """Return the default process group's timeout."""
     group: Any = dist.group.WORLD
-    options = getattr(group._get_backend(device), "options", None)
+    options = getattr(group._get_backend(_device()), "options", None)
     timeout = getattr(options, "_timeout", None)
-    return timeout * 0.95 if isinstance(timeout, timedelta) else None
+    return timeout if isinstance(timeout, timedelta) else dist.constants.default_pg_timeout
 
 
-def _culprits(store: Any, what: str) -> str:
-    """Say which ranks did not come to an exchange, or did not come out of it."""
-    advice = "Each rank must call RegimeCycler.step once per optimizer update; look into the log of that rank"
-    others = [number for number in range(dist.get_world_size()) if number != dist.get_rank()]
-    last_seen: dict[int, str] = {}
-    deadline = time.monotonic() + GRACE_S
-    try:
-        store.set(_key(dist.get_rank()), what + _FAILED)
-        while time.monotonic() < deadline and set(last_seen.values()) != {what + _FAILED}:
-            time.sleep(0.05)
-            last_seen = {n: store.get(_key(n)).decode() if store.check([_key(n)]) else "nowhere" for n in others}
-    except RuntimeError:  # its holder has failed too and is through; what was seen until then holds
-        if not last_seen:
-            return f"the process that holds the store, rank 0 or the launcher, has ended. {advice}"
-    absent = [number for number in others if last_seen[number] not in (what, what + _FAILED)]
-    if absent:
-        seen = ", ".join(dict.fromkeys(last_seen[number].removesuffix(_FAILED) for number in absent))
-        return f"{_named(absent)} did not come to it, last seen: {seen}. {advice}"
-    silent = [number for number in others if last_seen[number] == what]
-    return f"{_named(silent or others)} came to it and did not answer. {advice}"
-
-
-def _key(number: int) -> str:
-    return f"regimewrap/{number}"
+def _place(number: int) -> str:
+    return f"regimewrap/rank {number}"
 
 
 def _named(ranks: Sequence[int]) -> str:
