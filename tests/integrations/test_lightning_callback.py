@@ -24,8 +24,6 @@ with warnings.catch_warnings():
     from lightning.pytorch.loggers import CSVLogger
     from regimewrap.integrations.lightning import RegimeCallback
 
-# Lightning warns about loaders without workers, short epochs, and what torch deprecates under it.
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 EVERY_UPDATE = POLICY.replace(cycle={"every": 1, "smoothing": 0.0})
 
@@ -84,7 +82,8 @@ def test_a_bare_module_is_wrapped_with_the_policy_and_keeps_its_class():
     assert regimewrap.gate_of(module).policy == EVERY_UPDATE
     assert type(module) is Module
     assert len(callback.cycler.history) == 8
-    assert float(regimewrap.gate_of(module).keep_ratio) == callback.cycler.keep_ratio < 1
+    assert float(regimewrap.gate_of(module).keep_ratio) == callback.cycler.keep_ratio
+    assert min(decision.keep_ratio for decision in callback.cycler.history) < 1
 
 
 def test_the_signal_of_an_update_is_the_mean_loss_of_its_micro_batches_also_at_the_end_of_an_epoch():
@@ -133,6 +132,7 @@ def test_manual_optimization_counts_a_batch_in_which_the_optimizer_stepped_once(
     assert signals(callback) == pytest.approx([sum(losses.seen[n : n + 2]) / 2 for n in range(0, 10, 2)], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # pytest.warns passes on Lightning's own
 def test_a_batch_that_training_step_skips_is_left_out_and_warned_about():
     class Skips(Module):
         def training_step(self, number: int) -> Any:
