@@ -594,7 +594,7 @@ FAILING: dict[tuple[str, str], str] = {
         (check, "RecurrentGemmaForCausalLM"): "positions are taken for channels in temporal_block.act_fn"
         for check in ("prefix", "generate")
     },
-    **{("later", "OpenAIGPTLMHeadModel"): "all models of this class share one activation object, which gets the hook"},
+    ("later", "OpenAIGPTLMHeadModel"): "all models of this class share one activation object, which gets the hook",
 }
 
 
