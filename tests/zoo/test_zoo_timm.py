@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,8 +12,6 @@ import torch
 from zoo_checks import QUIET, examine
 
 import regimewrap
-
-timm = pytest.importorskip("timm")
 
 pytestmark = QUIET
 
@@ -152,12 +151,18 @@ def marks(key: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.zoo if key in SHORT else pytest.mark.zoo_full, *known]
 
 
+@pytest.fixture(scope="module")
+def timm() -> ModuleType:
+    """The library, imported only if the zoo runs."""
+    return pytest.importorskip("timm")
+
+
 CASES = [pytest.param(name, size, marks=marks(family)) for family, (name, size) in FAMILIES.items()]
 CASES += [pytest.param(name, size, marks=marks(name)) for name, size in SPECIAL.items()]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_wrapping_keeps_every_bit_of_a_timm_model(name: str, size: int, report):
+def test_wrapping_keeps_every_bit_of_a_timm_model(name: str, size: int, timm, report):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -165,23 +170,23 @@ def test_wrapping_keeps_every_bit_of_a_timm_model(name: str, size: int, report):
 
 
 @pytest.mark.zoo
-def test_the_zoo_has_every_family_of_timm():
+def test_the_zoo_has_every_family_of_timm(timm):
     assert FAMILIES.keys() == set(timm.list_modules())
     assert sum(len(timm.list_models(module=family)) for family in FAMILIES) == len(timm.list_models())
 
 
 @pytest.mark.zoo
-def test_the_smallest_model_of_every_family_can_be_planned(report):
-    report(plan_all([name for name, _ in FAMILIES.values()]))
+def test_the_smallest_model_of_every_family_can_be_planned(timm, report):
+    report(plan_all(timm, [name for name, _ in FAMILIES.values()]))
 
 
 @pytest.mark.zoo_full
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_name_of_a_family_can_be_planned(family: str, report):
-    report(plan_all(timm.list_models(module=family)))
+def test_every_name_of_a_family_can_be_planned(family: str, timm, report):
+    report(plan_all(timm, timm.list_models(module=family)))
 
 
-def plan_all(names: list[str]) -> dict[str, Any]:
+def plan_all(timm: ModuleType, names: list[str]) -> dict[str, Any]:
     """Plan models on the meta device, without memory; each has a site, or the refusal names its activations."""
     seconds = {}
     for name in names:

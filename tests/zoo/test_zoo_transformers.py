@@ -19,8 +19,6 @@ from zoo_checks import QUIET, evaluate, examine, same, wake
 import regimewrap
 from regimewrap import GatePolicy, RegimePolicy
 
-transformers = pytest.importorskip("transformers")
-
 pytestmark = [pytest.mark.zoo, *QUIET]
 
 POSITION = RegimePolicy(gate=GatePolicy(scope="position"))
@@ -594,7 +592,9 @@ FAILING: dict[tuple[str, str], str] = {
         (check, "RecurrentGemmaForCausalLM"): "positions are taken for channels in temporal_block.act_fn"
         for check in ("prefix", "generate")
     },
-    ("later", "OpenAIGPTLMHeadModel"): "all models of this class share one activation object, which gets the hook",
+    **{
+        ("later", name): "all models of this class share one activation object, which gets the hook" for name in SHARING
+    },
 }
 
 
@@ -689,7 +689,7 @@ def test_gating_one_model_leaves_those_made_later_alone(name: str):
 
 def build(name: str) -> nn.Module:
     """Return an architecture with random weights."""
-    architecture = getattr(transformers, name)
+    architecture = getattr(pytest.importorskip("transformers"), name)
     config = architecture.config_class(**tiny(architecture.config_class, EXAMPLES[name].config))
     torch.manual_seed(0)
     model: nn.Module = architecture(config)
@@ -710,6 +710,8 @@ def gated(model: nn.Module) -> Iterator[None]:
 
 def tiny(config_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that make a configuration, and those inside it, tiny."""
+    from transformers import CONFIG_MAPPING, AutoConfig  # only if the zoo runs
+
     defaults, settings = config_class().to_dict(), dict(settings)
     renamed = getattr(config_class, "attribute_map", {})
     result = {
@@ -721,7 +723,7 @@ def tiny(config_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(defaults.get(name), dict):
             given = settings.pop(name, {})
             kind = given.get("model_type", defaults[name].get("model_type"))
-            inner = transformers.CONFIG_MAPPING[kind] if inner is transformers.AutoConfig else inner
+            inner = CONFIG_MAPPING[kind] if inner is AutoConfig else inner
             result[name] = {**({"model_type": kind} if kind else {}), **tiny(inner, given)}
     return {**result, **settings}
 
