@@ -592,9 +592,6 @@ FAILING: dict[tuple[str, str], str] = {
         (check, "RecurrentGemmaForCausalLM"): "positions are taken for channels in temporal_block.act_fn"
         for check in ("prefix", "generate")
     },
-    **{
-        ("later", name): "all models of this class share one activation object, which gets the hook" for name in SHARING
-    },
 }
 
 
@@ -665,7 +662,7 @@ def test_a_model_without_known_activations_says_so(name: str):
         regimewrap.wrap(build(name))
 
 
-@pytest.mark.parametrize("name", examples("twin", SHARING))
+@pytest.mark.parametrize("name", SHARING)
 def test_gating_one_model_leaves_those_made_before_alone(name: str):
     twin, model = build(name), build(name)
     inputs = arguments(twin, EXAMPLES[name])
@@ -675,7 +672,7 @@ def test_gating_one_model_leaves_those_made_before_alone(name: str):
         assert not same(evaluate(model, lambda _: ((), inputs)), before)
 
 
-@pytest.mark.parametrize("name", examples("later", SHARING))
+@pytest.mark.parametrize("name", SHARING)
 def test_gating_one_model_leaves_those_made_later_alone(name: str):
     model = build(name)
     inputs = arguments(model, EXAMPLES[name])
