@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from types import ModuleType
 from typing import Any
@@ -199,8 +198,6 @@ def plan_all(timm: ModuleType, names: list[str]) -> dict[str, Any]:
         if not plan.gated:
             with pytest.raises(regimewrap.errors.NoSitesError, match="Activations seen: "):
                 regimewrap.wrap(model)
-        del model
-        gc.collect()
     slowest = max(seconds, key=seconds.__getitem__)
     return {
         "models": len(names),
