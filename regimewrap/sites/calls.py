@@ -247,6 +247,34 @@ def _call_nodes(function: types.FunctionType) -> tuple[tuple[ast.Call, bool], ..
     return tuple((node, id(node) in dropped) for node in nodes if isinstance(node, ast.Call))
 
 
+def called_with(function: types.FunctionType, module: nn.Module, child: nn.Module) -> list[nn.Module]:
+    """Return the modules whose results a method passes to a child.
+
+    ``self.linear`` in ``self.act(self.linear(x))``, and in ``y = self.linear(x)`` followed by ``self.act(y)``.
+    """
+    function = body_of(function)
+    scope = Scope(function, module)
+    calls = [node for node, _ in _call_nodes(function) if node.args and scope.value_of(node.func) is child]
+    sources = [_last_value(function, node.args[0]) for node in calls]
+    callees = [scope.value_of(source.func) for source in sources if isinstance(source, ast.Call)]
+    return [each for each in callees if isinstance(each, nn.Module)]
+
+
+def _last_value(function: types.FunctionType, node: ast.expr) -> ast.expr:
+    """Return what was last assigned, in the order of lines, to a local name; any other expression is itself."""
+    tree = parse(function)
+    if not isinstance(node, ast.Name) or tree is None:
+        return node
+    assigned = [
+        each
+        for each in ast.walk(tree)
+        if isinstance(each, ast.Assign)
+        and each.lineno < node.lineno
+        and [target.id for target in each.targets if isinstance(target, ast.Name)] == [node.id]
+    ]
+    return max(assigned, key=lambda each: each.lineno).value if assigned else node
+
+
 def in_place_target(node: ast.Call) -> str | None:
     """Return the local name that a call with a dropped result changes in place, if it is one name."""
     base = node.func.value if isinstance(node.func, ast.Attribute) else None

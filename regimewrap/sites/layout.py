@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from regimewrap.sites.calls import called_with, own_methods
+
 _FIRST = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
@@ -16,7 +18,8 @@ _LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 def channel_dim(model: nn.Module, path: str) -> int | None:
     """Return the channel dimension of what the activation at or in ``path`` returns, or ``None`` if nothing tells.
 
-    Decided by the nearest layer with weights before it in its block, else after it, else around the block.
+    Decided by the layer whose result it is called with, as in ``self.act(self.linear(x))``; else by the nearest layer
+    with weights before it in its block, else after it, else around the block.
 
     Args:
         model: the model.
@@ -26,6 +29,9 @@ def channel_dim(model: nn.Module, path: str) -> int | None:
     if own:
         # A method calls it among layers; if they disagree, nothing tells.
         return own.pop() if len(own) == 1 else None
+    direct = _of_argument(model, path)
+    if direct is not None:
+        return direct
     parts = path.split(".") if path else []
     for length in range(len(parts) - 1, -1, -1):
         children = list(model.get_submodule(".".join(parts[:length])).named_children())
@@ -36,6 +42,16 @@ def channel_dim(model: nn.Module, path: str) -> int | None:
         if found is not None:
             return found
     return None
+
+
+def _of_argument(model: nn.Module, path: str) -> int | None:
+    """Return what the layers say whose results an activation module is called with directly, if they agree."""
+    if not path:
+        return None
+    parent, activation = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+    arguments = (each for _, _, function in own_methods(parent) for each in called_with(function, parent, activation))
+    dims = {dim for layer in arguments if (dim := _of(layer)) is not None}
+    return dims.pop() if len(dims) == 1 else None
 
 
 def _of(module: nn.Module) -> int | None:

@@ -146,3 +146,27 @@ def test_unknown_kinds_and_contradictions_are_refused():
     ]:
         with pytest.raises(PolicyError, match=message):
             plan(model, RegimePolicy(sites=sites))
+
+
+class Branches(nn.Module):
+    """The convolution is registered last, but the activation is called with the linear layer's result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv, self.act = nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.linear(x)) * self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class NamedBranches(Branches):
+    def forward(self, x):
+        y = self.linear(x)
+        y = self.act(y)
+        z = self.conv(x.transpose(1, 2))
+        return y * z.transpose(1, 2)
+
+
+@pytest.mark.parametrize("make", [Branches, NamedBranches])
+def test_the_layer_that_an_activation_is_called_with_tells_the_channels(make):
+    assert channel_dim(make(), "act") == -1

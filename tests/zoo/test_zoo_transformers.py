@@ -588,10 +588,6 @@ FAILING: dict[tuple[str, str], str] = {
             "ApertusForCausalLM": "xIELU has learnt parameters and is taken for no activation",
         }.items()
     },
-    **{
-        (check, "RecurrentGemmaForCausalLM"): "positions are taken for channels in temporal_block.act_fn"
-        for check in ("prefix", "generate")
-    },
 }
 
 
