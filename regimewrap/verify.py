@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from regimewrap.gate import Site, gate_of
+from regimewrap.gate import GATE_ATTRIBUTE, Site, gate_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose
 from regimewrap.sites.finder import Activation, find
@@ -59,7 +59,8 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
         NotWrappedError: the model is not wrapped.
     """
     gate = gate_of(model)
-    root = next(module for module in model.modules() if module.__dict__.get("_regimewrap") is gate)
+    # A part of a wrapped model, or a copy of a graph module, has the gate but not the attribute.
+    root = next((module for module in model.modules() if module.__dict__.get(GATE_ATTRIBUTE) is gate), model)
     census = _Census(root)
     gate.observers.append(census.saw_gate)
     try:

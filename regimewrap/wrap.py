@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -70,11 +71,11 @@ def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = 
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
 
     Returns:
-        The same object. What changes on it: activation modules get a forward hook; a module whose methods call an
-        activation function gets a subclass of its class with the same name, in which these methods are rewritten; an
-        activation that something outside the model holds too is replaced by a copy; the model itself gets one private
-        attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number generator and the users' hooks
-        are not touched; at keep ratio 1 outputs and gradients are bit for bit those of the bare model.
+        The same object. What changes on it: activation modules get forward hooks (a ReLU a pre-hook too); a module whose
+        methods call an activation function gets a subclass of its class with the same name, in which these methods are
+        rewritten; an activation that something outside the model holds too is replaced by a copy; the model itself gets
+        one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number generator and the
+        users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of the bare model.
         ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
 
     Raises:
@@ -133,8 +134,8 @@ def unwrap(model: M) -> M:
 def _compare(model: nn.Module, bare: Any, example_inputs: Any, strict: bool) -> None:
     with at_keep_ratio(model, 1.0):
         full = run(model, example_inputs)
-    same = [_equal(a, b) for a, b in zip(tree_leaves(bare), tree_leaves(full), strict=False)]
-    if not all(same):
+    before, after = tree_leaves(bare), tree_leaves(full)
+    if len(before) != len(after) or not all(map(_equal, before, after)):
         raise WrapError(
             f"{type(model).__name__}: the wrapped model's output at full budget is not that of the bare one, so the "
             "model is left as it was. Is it random beyond torch's generators? If not, this is a fault of regimewrap."
@@ -191,8 +192,8 @@ def _root(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        elif _is_compiled(model):
+            model = cast("nn.Module", model._orig_mod)
         else:
             break
     if isinstance(model, torch.jit.ScriptModule):
@@ -201,11 +202,14 @@ def _root(model: nn.Module) -> nn.Module:
     return model
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    # Importing torch._dynamo takes seconds; nothing is compiled before somebody did.
+    return "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule)
+
+
 def _forget_compiled(model: nn.Module) -> None:
     # Compiled code does not look at hooks that came later (pytorch #117758), so it must be compiled again.
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    )
+    compiled = _is_compiled(model) or any(module._compiled_call_impl is not None for module in model.modules())
     if compiled:
         torch.compiler.reset()
         warnings.warn(

@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import fx, nn
 
 from regimewrap import RegimePolicy, SitePolicy, verify, wrap
 
@@ -53,3 +53,11 @@ def test_it_leaves_no_trace_in_buffers_randomness_or_mode():
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model.training
+
+
+def test_a_part_and_a_copied_graph_module_can_be_verified():
+    x = torch.randn(2, 4)
+    model = wrap(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4), nn.ReLU()))
+    assert verify(model[0], x).gated == ("0.1",)
+    graph = copy.deepcopy(wrap(fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))))
+    assert not verify(graph, x).escaped
