@@ -73,10 +73,10 @@ def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = 
     Returns:
         The same object. What changes on it: activation modules get forward hooks (a ReLU a pre-hook too); a module
         whose methods call an activation function gets a subclass of its class with the same name, in which these
-        methods are rewritten; an activation that something outside the model holds too is replaced by a copy; the model itself
-        gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number generator and the
-        users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of the bare model.
-        ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
+        methods are rewritten; an activation that something outside the model holds too is replaced by a copy; the
+        model itself gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number
+        generator and the users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of
+        the bare model. ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
 
     Raises:
         NoSitesError: the policy selects nothing; the message lists the activations that were seen.
