@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+TO_ITS_END = Path(__file__).parent / "loops" / "to_its_end.py"
 FORKS = multiprocessing.get_context("forkserver")
 _PARTS = ("distributed.fsdp", "distributed.checkpoint", "nn.parallel", "_dynamo")
 PRELOADED = [*(f"torch.{part}" for part in _PARTS), "regimewrap"]
@@ -141,7 +142,7 @@ def run_with_kills(
 
 def under(launcher: Sequence[str], script: Path, *args: object, timeout: float = 180) -> str:
     """Run a script the way users start it, such as ``under(torchrun(2), script)``, and return what it printed."""
-    command = [sys.executable, *launcher, str(script), *map(str, args)]
+    command = [sys.executable, *launcher, str(TO_ITS_END), str(script), *map(str, args)]
     started = subprocess.Popen(
         command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
