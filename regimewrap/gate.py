@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regimewrap.errors import NotWrappedError, SelectionError, WrapError
+from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
 from regimewrap.policy import RegimePolicy, require_ratio
 from regimewrap.topk.op import pre_relu_gate, topk_gate
 
@@ -53,6 +53,7 @@ class TopKGate:
             for a device, and a compiled graph takes it as an input instead of baking it in. Change it with
             ``set_keep_ratio``, between a backward pass and the next forward pass.
         sites: every gated ``Site``, in the order of the plan.
+        thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         observers: called at each site of each forward pass; empty unless somebody watches.
     """
 
@@ -60,6 +61,7 @@ class TopKGate:
         self.policy = policy if policy is not None else RegimePolicy()
         self.keep_ratio = torch.ones((), dtype=torch.float64, device="cpu")
         self.sites: tuple[Site, ...] = ()
+        self.thresholds: dict[str, float] | None = None
         self.observers: list[Observer] = []
         self._root: weakref.ref[nn.Module] | None = None
         # True inside at_keep_ratio: the ratio then holds in eval mode too.
@@ -93,13 +95,30 @@ class TopKGate:
         """
         self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
 
+    def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
+        """Cut at fixed thresholds instead of selecting, in train and eval mode and whatever the keep ratio.
+
+        A unit stays if its score (see ``GatePolicy.score``) is above the site's threshold, or is NaN.
+
+        Args:
+            thresholds: site name to threshold; a site without one is left alone. ``None``: select again.
+
+        Raises:
+            PolicyError: there is no site of one of these names.
+        """
+        names = [site.name for site in self.sites]
+        for name in thresholds or ():
+            if name not in names:
+                raise PolicyError(f"no gated site is called {name!r}; sites are {', '.join(names[:8])}.")
+        self.thresholds = None if thresholds is None else dict(thresholds)
+
     def acts(self, training: bool) -> bool:
         """Say whether a site may change anything now, or somebody watches; if not, a fused kernel may bypass it.
 
         Args:
             training: the mode of the module that owns the site.
         """
-        if self.observers or torch.compiler.is_compiling():
+        if self.observers or self.thresholds or torch.compiler.is_compiling():
             return True
         return float(self._ratio(training)) < 1.0
 
@@ -124,13 +143,15 @@ class TopKGate:
     @property
     def selects_before_relu(self) -> bool:
         """Whether a ReLU is gated on its input, which saves nothing for backward; its output is the same."""
-        return self._masked and not self.observers
+        return self._masked and not self.observers and self.thresholds is None
 
     def before_relu(self, x: Tensor, site: Site, training: bool) -> Tensor:
         """Return what gives, after a ReLU, the gated activation; arguments as for ``__call__``, ``x`` its input."""
         return self._select(x, site, training, pre_relu_gate)
 
     def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
+        if self.thresholds is not None:
+            return self._cut(x, self.thresholds.get(site.name))
         if self._dense_in_eval and not training and not self._forced:
             return x
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
@@ -148,6 +169,14 @@ class TopKGate:
             return select(x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
+
+    def _cut(self, x: Tensor, threshold: float | None) -> Tensor:
+        # One standard operation, which keeps NaN and the memory format, and which every exporter knows.
+        if threshold is None:
+            return x
+        if self._rule["score"] == "magnitude":
+            return nn.functional.hardshrink(x, threshold)
+        return nn.functional.threshold(x, threshold, 0.0)
 
     def _ratio(self, training: bool) -> Tensor:
         if training or self._forced or self._eval_ratio is None:
@@ -256,11 +285,11 @@ def at_keep_ratio(model: nn.Module, keep_ratio: float) -> Iterator[TopKGate]:
         PolicyError: the ratio is outside (0, 1].
     """
     gate = gate_of(model)
-    before, forced = float(gate.keep_ratio), gate._forced
+    before, forced, thresholds = float(gate.keep_ratio), gate._forced, gate.thresholds
     gate.set_keep_ratio(keep_ratio)
-    gate._forced = True
+    gate._forced, gate.thresholds = True, None
     try:
         yield gate
     finally:
         gate.set_keep_ratio(before)
-        gate._forced = forced
+        gate._forced, gate.thresholds = forced, thresholds
