@@ -220,6 +220,12 @@ class SiteGate:
         """Gate ``x``; see ``TopKGate.__call__``."""
         return self.gate(x, self.site, training)
 
+    def relu(self, function: Callable[..., Tensor], x: Tensor, training: bool) -> Tensor:
+        """Return the gated ``function(x)``, a ReLU that makes a new tensor: on its input if that is as good."""
+        if self.gate.selects_before_relu:
+            return function(self.gate.before_relu(x, self.site, training))
+        return self(function(x), training)
+
 
 def find_gate(model: nn.Module) -> TopKGate | None:
     """Return the gate of a wrapped model, or of a wrapper around one or a part of one; ``None`` if there is none.

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
 from regimewrap.gate import SiteGate
-from regimewrap.rewrite.rebind import GATE_METHOD
+from regimewrap.rewrite.rebind import GATE_METHOD, RELU_METHOD, is_relu
 from regimewrap.sites.calls import stored
 
 #: Decides for an activation's node which site it is; ``None`` leaves it alone.
@@ -234,7 +235,7 @@ def trace_method(
         module: the object; it is read, not changed.
         title: what tracebacks call the new code.
         gated: the method, rewritten to pass every activation that is to be gated through the gate, which here only
-            marks it. That the method can be traced is for the caller to have proved.
+            marks it, or makes it and the gate one node. That the method can be traced is for the caller to have proved.
         values: what the plain attributes that it reads stand for.
 
     Raises:
@@ -247,8 +248,14 @@ def trace_method(
         chosen[value.node] = index
         return value
 
+    def relu(function: Any, value: fx.Proxy, index: int, **options: bool) -> fx.Proxy:
+        if not isinstance(function, str) and not is_relu(function):
+            return mark(function(value, **options), index)
+        name = "F.relu" if function is F.relu else "torch.relu"
+        return tracer.create_proxy("call_module", RELU_METHOD, (name, value, index), {})
+
     stand_in = _Part(tracer, module)
-    stand_in.__dict__.update(values or {}, **{GATE_METHOD: mark})
+    stand_in.__dict__.update(values or {}, **{GATE_METHOD: mark, RELU_METHOD: relu})
     code = gated.__code__
     try:
         inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in code.co_varnames[1 : code.co_argcount]]

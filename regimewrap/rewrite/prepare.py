@@ -118,7 +118,8 @@ def _recipe(
     function: types.FunctionType = vars(method.owner)[method.name]
     spans = tuple((call.span, index) for call, index in indices.items())
     dropped = tuple(call.span for call in indices if call.target is not None)
-    source = SourceRecipe(method.owner.__name__, spans, (*kept, *dropped))
+    relus = tuple(call.span for call in indices if call.relu)
+    source = SourceRecipe(method.owner.__name__, spans, (*kept, *dropped), relus)
     rewritten(source, function)  # a trace starts from it, and the proof is worth nothing if it fails
     if not kept and getattr(type(module), method.name) is function:
         traced = _traced(module, method, function, source)

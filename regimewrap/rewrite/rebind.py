@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regimewrap.errors import WrapError
@@ -22,6 +24,10 @@ from regimewrap.gate import SiteGate
 
 #: How rewritten code calls the gate: ``self._regimewrap_gate(value, index)``.
 GATE_METHOD = "_regimewrap_gate"
+#: How it calls a ReLU with the gate: ``self._regimewrap_relu(F.relu, value, index)``. Instead of a function it may give
+#: the name of torch's one, as graphs do, which cannot hold functions.
+RELU_METHOD = "_regimewrap_relu"
+_F_RELU, _TORCH_RELU = F.relu, torch.relu
 _SITES = "_regimewrap_sites"
 _FUSED = "_regimewrap_fused"
 _BASE = "_regimewrap_base"
@@ -92,6 +98,30 @@ def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
     return value if gates is None else gates[index](value, self.training)
 
 
+def is_relu(function: object) -> bool:
+    """Say whether calling something gives a ReLU in a new tensor; one that somebody put in its place does not count."""
+    if function is _F_RELU or function is _TORCH_RELU:
+        return True
+    return type(function) is nn.ReLU and not function.inplace
+
+
+def _relu(self: nn.Module, function: Any, value: Tensor, index: int, **options: Any) -> Tensor:
+    """Call what was a ReLU when the plan was made, and gate it: on its input if it is one still.
+
+    Gated on its output a ReLU costs memory, since it saves that output for backward beside the gated one.
+    """
+    if isinstance(function, str):
+        function = F.relu if function == "F.relu" else torch.relu
+    if options and not is_relu(function):
+        function = functools.partial(function, **options)
+    gates: tuple[SiteGate, ...] | None = self.__dict__.get(_SITES)
+    if gates is None:
+        return function(value)  # type: ignore[no-any-return]
+    if is_relu(function):
+        return gates[index].relu(function, value, self.training)
+    return gates[index](function(value), self.training)
+
+
 def _refuse_scripting(self: nn.Module) -> None:
     name = type(self).__name__
     raise WrapError(f"{name} is wrapped, and torch.jit.script would script it without its gates; regimewrap.unwrap it.")
@@ -109,6 +139,7 @@ def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...], fused: tuple
         _METHODS: methods,
         _FUSED: fused,
         GATE_METHOD: _gate,
+        RELU_METHOD: _relu,
         **{name: _while_idle(name) for name in fused},
     }
     below: dict[type, dict[str, Any]] = {}

@@ -1,9 +1,10 @@
 """The third mechanism: call sites rewritten in a method's syntax tree, where a trace would freeze something.
 
-Branches, loops, randomness and mutation stay what they are: of the whole method only ``F.relu(x)`` becomes
-``self._regimewrap_gate(F.relu(x), 0)``. Closures, ``super()``, decorators, defaults, mangled names and the line numbers
-in tracebacks are kept. Before a method is touched its unchanged source is compiled and compared with the code that
-runs, so that a file that was edited meanwhile is noticed.
+Branches, loops, randomness and mutation stay what they are: of the whole method only ``F.gelu(x)`` becomes
+``self._regimewrap_gate(F.gelu(x), 0)``, and ``F.relu(x)`` ``self._regimewrap_relu(F.relu, x, 0)``. Closures,
+``super()``, decorators, defaults, mangled names and the line numbers in tracebacks are kept. Before a method is touched
+its unchanged source is compiled and compared with the code that runs, so that a file that was edited meanwhile is
+noticed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
-from regimewrap.rewrite.rebind import GATE_METHOD
+from regimewrap.rewrite.rebind import GATE_METHOD, RELU_METHOD
 from regimewrap.sites.calls import Span, body_of, in_place_target, parse, span_of
 
 _FUTURES = functools.reduce(
@@ -39,11 +40,13 @@ class SourceRecipe:
         owner: name of the class that defines the method, for mangled names.
         gated: where each call stands, with the index of its site gate.
         kept: where calls stand whose result the method drops because they work in place; it is assigned instead.
+        relus: where calls stand, among ``gated``, of a ReLU that may be gated on its input.
     """
 
     owner: str
     gated: tuple[tuple[Span, int], ...]
     kept: tuple[Span, ...] = ()
+    relus: tuple[Span, ...] = ()
 
     def build(self, original: types.FunctionType) -> types.FunctionType:
         """Return the rewritten function, inside the same decorators.
@@ -79,16 +82,26 @@ class _Rewriter(ast.NodeTransformer):
     def __init__(self, recipe: SourceRecipe, self_name: str) -> None:
         self.gated = dict(recipe.gated)
         self.kept = set(recipe.kept)
+        self._relus = set(recipe.relus)
         self._self = self_name
         self._depth = 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        index = self.gated.pop(span_of(node), None)
+        span = span_of(node)
+        index = self.gated.pop(span, None)
         self.generic_visit(node)
         if index is None:
             return node
-        method = ast.Attribute(ast.Name(self._self, ast.Load()), GATE_METHOD, ast.Load())
-        gate = ast.Call(method, [node, ast.Constant(index)], [])
+        arguments: list[ast.expr] = [node]
+        keywords: list[ast.keyword] = []
+        if span in self._relus:
+            # F.relu(x, inplace=False), or x.relu()
+            of_tensor = not node.args and isinstance(node.func, ast.Attribute)
+            arguments = [ast.Constant("torch.relu"), node.func.value] if of_tensor else [node.func, *node.args]  # type: ignore[attr-defined]
+            keywords = node.keywords
+        name = RELU_METHOD if span in self._relus else GATE_METHOD
+        method = ast.Attribute(ast.Name(self._self, ast.Load()), name, ast.Load())
+        gate = ast.Call(method, [*arguments, ast.Constant(index)], keywords)
         return ast.fix_missing_locations(ast.copy_location(gate, node))
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from regimewrap.sites import catalog
@@ -37,7 +39,8 @@ class Call:
 
     ``text`` is the callee as written (``F.relu``); ``span`` the call's first line, column, last line and column in the
     method's source, whose first line is 1. ``dropped`` says that the method drops the result, which has an effect only
-    if the call works in place; ``target`` is then the local name that it works on, if that is certain.
+    if the call works in place; ``target`` is then the local name that it works on, if that is certain. ``relu`` says
+    that the callee is a ReLU, certainly called to make a new tensor of one argument.
     """
 
     text: str
@@ -45,6 +48,7 @@ class Call:
     span: Span
     dropped: bool = False
     target: str | None = None
+    relu: bool = False
 
     @property
     def short(self) -> str:
@@ -195,7 +199,8 @@ def find_calls(
         kind = _kind(node, scope, registered)
         if kind is not None:
             target = in_place_target(node) if dropped and _works_in_place(node) else None
-            found.append(Call(ast.unparse(node.func), kind, span_of(node), dropped, target))
+            relu = _is_plain_relu(node, scope) and not dropped
+            found.append(Call(ast.unparse(node.func), kind, span_of(node), dropped, target, relu))
     return found
 
 
@@ -281,6 +286,18 @@ def in_place_target(node: ast.Call) -> str | None:
     if node.args and isinstance(node.args[0], ast.Name):
         return node.args[0].id
     return base.id if isinstance(base, ast.Name) and not node.args else None
+
+
+def _is_plain_relu(node: ast.Call, scope: Scope) -> bool:
+    """Say whether a call is ``F.relu(x)``, ``torch.relu(x)``, ``x.relu()`` or a module's, and makes a new tensor."""
+    callee = scope.value_of(node.func)
+    if callee is UNKNOWN:
+        method = isinstance(node.func, ast.Attribute) and node.func.attr == "relu"
+        return method and not node.args and not node.keywords
+    if not (callee is F.relu or callee is torch.relu or type(callee) is nn.ReLU):
+        return False
+    keeps = (isinstance(each.value, ast.Constant) and each.value.value is False for each in node.keywords)
+    return len(node.args) == 1 and not isinstance(node.args[0], ast.Starred) and all(keeps)
 
 
 def _works_in_place(node: ast.Call) -> bool:
