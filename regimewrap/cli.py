@@ -1,7 +1,7 @@
 """The command line: arguments to calls, errors to one line and an exit status. No work of its own.
 
-0 is success, 1 a reader of the output that left, 2 a mistake of the user or something missing, 130 Ctrl-C. What was
-wrong goes to standard error.
+0 is success, 1 a reader of the output that left, 2 a mistake of the user or something missing, 3 a benchmark that
+crashed, 130 Ctrl-C. What was wrong goes to standard error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import typer
 
 from regimewrap._version import __version__
-from regimewrap.errors import MissingExtraError, NoSitesError, RegimewrapError
+from regimewrap.errors import DataError, MissingExtraError, NoSitesError, RegimewrapError
 from regimewrap.policy import PRESETS, RegimePolicy
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.demo import DEMO_WORK, demo_experiment, demo_jobs
@@ -195,6 +195,26 @@ def plan(
     elif not planned.gated:
         raise NoSitesError("the policy selects none of these activations. Widen sites.kinds or sites.include.")
     return 0
+
+
+@app.command()
+def bench(
+    only: Annotated[list[str] | None, typer.Option(help="A benchmark's name; give it once for each.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, and not those that take minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("regimewrap-bench"),
+) -> int:
+    """Measure what the gate costs, beside the targets. From a checkout: it runs the scripts in tests/benchmarks/."""
+    script = Path(__file__).parents[1] / "tests" / "benchmarks" / "run_all.py"
+    if not script.is_file():
+        raise DataError(
+            f"bench runs the scripts of a checkout, and there are none beside {Path(__file__).parent}. "
+            "Run python -m regimewrap bench in the top folder of a checkout."
+        )
+    spec: Any = importlib.util.spec_from_file_location("regimewrap_benchmarks", script)
+    benchmarks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmarks)
+    status: int = benchmarks.run_all(only or (), quick=quick, out=out)
+    return status
 
 
 @policy_app.command("show")

@@ -3,32 +3,29 @@
     python tests/benchmarks/decision_cost.py
     torchrun --standalone --nproc-per-node=2 tests/benchmarks/decision_cost.py
 
-Medians in microseconds on rank 0, of a decision and of an update without one; then of what a decision is made of, a
-reduction of five numbers and a broadcast of two, by themselves; and the same with DistributedDataParallel's share of an
-update, a reduction of a million parameters, for comparison. gloo, on the CPU.
+Medians in microseconds on rank 0, of an update without a decision and of one with; with several ranks also of what a
+decision is made of, a reduction of five numbers and a broadcast of two, by themselves; and the same with
+DistributedDataParallel's share of an update, a reduction of a million parameters, for comparison. gloo, on the CPU.
 """
 
-# ruff: noqa: T201  a script prints
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from paired import arguments, show
 
 from regimewrap import RegimeCycler, RegimePolicy, TopKGate
 
-ROUNDS = 500
 
-
-def median_us(work: Callable[[], object]) -> float:
+def median_us(work: Callable[[], object], rounds: int) -> float:
     """Return the median time of ``work`` in microseconds; ranks begin each round together."""
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         if dist.is_initialized():
             dist.barrier()
         start = time.perf_counter()
@@ -38,28 +35,28 @@ def median_us(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
-    torch.set_num_threads(1)
+    options = arguments(__doc__, rounds=500)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     deciding = RegimeCycler(TopKGate(RegimePolicy().replace(cycle={"every": 1})))
     counting = RegimeCycler(TopKGate(RegimePolicy().replace(cycle={"every": 10**9})))
     loss = torch.tensor(1.0)
-    rows = {"decision": lambda: deciding.step(loss), "update without one": lambda: counting.step(loss)}
+    work = {
+        "update without a decision, us": lambda: counting.step(loss),
+        "with a decision, us": lambda: deciding.step(loss),
+    }
     if ranks > 1:
         five, two, gradient = (
             torch.zeros(5, dtype=torch.float64),
             torch.zeros(2, dtype=torch.float64),
             torch.zeros(10**6),
         )
-        rows["reduction and broadcast alone"] = lambda: (dist.all_reduce(five), dist.broadcast(two, 0))
-        rows["reduction of a million gradients"] = lambda: dist.all_reduce(gradient)
-    measured = {name: median_us(work) for name, work in rows.items()}
+        work["reduction and broadcast alone, us"] = lambda: (dist.all_reduce(five), dist.broadcast(two, 0))
+        work["reduction of a million gradients, us"] = lambda: dist.all_reduce(gradient)
+    row = {"ranks": ranks, **{name: median_us(each, options.rounds) for name, each in work.items()}}
     if ranks == 1 or dist.get_rank() == 0:
-        print(f"{ranks} ranks, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
-        for name, us in measured.items():
-            print(f"{name:34} {us:10.1f} us")
+        show([row], options, by=("ranks",), targets={"update without a decision, us": "<= 20"})
     if ranks > 1:
         dist.destroy_process_group()
 

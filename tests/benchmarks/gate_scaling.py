@@ -2,58 +2,91 @@
 
     python tests/benchmarks/gate_scaling.py [--plot scaling.png]
 
-Forward and backward of ``relu_gate`` and of ``topk_gate``, in nanoseconds an element, in rows of 16,384 elements where
-there are as many; then the longest of the times at keep ratios from 0.01 to 0.9 as a multiple of the shortest.
+Forward and backward of ``relu_gate``, of ``topk_gate`` and of a ReLU alone, in rows of 16,384 elements where there are
+as many, at keep ratio 0.2; the longest of the times at keep ratios from 0.02 to 0.9 as a multiple of the shortest; and
+the time at each of these for a million elements. A small tensor's time is that of the call, whatever its size.
+Memory is warm: what is freed is used again.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from gate_speed import step
-from paired import Rounds, arguments, show
+from paired import Rounds, arguments, keep_memory, show
 
 from regimewrap.topk.op import relu_gate, topk_gate
 
-
-def ratio(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+ELEMENTS = (1_000, 4_000, 16_384, 65_536, 262_144, 1_048_576, 4_194_304, 10_485_760)
+MILLION = 1_048_576
+KEEP_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
+GATES = (relu_gate, topk_gate)
+SLOWEST = "slowest/fastest keep ratio"
 
 
 def main() -> None:
     options = arguments(__doc__, plot="")
-    rows = []
-    for elements in (4_000, 16_000, 64_000, 250_000, 1_000_000, 4_000_000, 16_000_000, 40_000_000):
+    keep_memory()
+    by_size: list[dict[str, Any]] = []
+    by_ratio: list[dict[str, Any]] = []
+    for elements in ELEMENTS:
         x = torch.randn(max(1, elements // 16384), min(elements, 16384))
         upstream = torch.randn_like(x)
-        row: dict[str, float] = {"elements": x.numel()}
-        for function in (relu_gate, topk_gate):
-            contenders = {
-                str(keep_ratio): step(functools.partial(function, keep_ratio=ratio(keep_ratio)), x, upstream)
-                for keep_ratio in (0.01, 0.1, 0.2, 0.4, 0.6, 0.9)
-            }
-            times = Rounds(contenders, options.rounds)
-            each = [times.seconds(name) for name in contenders]
-            row[f"{function.__name__} ns/element"] = times.seconds("0.2") / x.numel() * 1e9
-            row[f"{function.__name__} slowest/fastest ratio"] = max(each) / min(each)
-        rows.append(row)
-    show(rows, options)
+        contenders: dict[Any, Callable[[], object]] = {"relu": step(torch.relu, x, upstream)}
+        for gate in GATES:
+            for keep_ratio in KEEP_RATIOS:
+                gated = functools.partial(gate, keep_ratio=torch.tensor(keep_ratio, dtype=torch.float64))
+                contenders[gate, keep_ratio] = step(gated, x, upstream)
+        times = Rounds(contenders, options.rounds)
+        for gate in GATES:
+            each = {keep_ratio: times.seconds((gate, keep_ratio)) for keep_ratio in KEEP_RATIOS}
+            by_size.append(
+                {
+                    "gate": gate.__name__,
+                    "elements": elements,
+                    "us": each[0.2] * 1e6,
+                    "relu us": times.seconds("relu") * 1e6,
+                    "ns/element": each[0.2] / elements * 1e9,
+                    SLOWEST: max(each.values()) / min(each.values()),
+                }
+            )
+            if elements == MILLION:
+                by_ratio += [
+                    {"gate": gate.__name__, "keep ratio": keep_ratio, "ns/element": seconds / elements * 1e9}
+                    for keep_ratio, seconds in each.items()
+                ]
+    by_size.sort(key=lambda row: row["gate"])
+    show(by_size, options, by=("gate", "elements"), targets={SLOWEST: "<= 1.5"})
+    show(by_ratio, options, by=("gate", "keep ratio"))
     if options.plot:
-        draw(rows, options.plot)
+        draw(by_size, by_ratio, options.plot)
 
 
-def draw(rows: list[dict[str, float]], path: str) -> None:
+def draw(by_size: list[dict[str, Any]], by_ratio: list[dict[str, Any]], path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in ("relu_gate", "topk_gate"):
-        elements = [row["elements"] for row in rows]
-        axes.loglog(elements, [row["elements"] * row[f"{name} ns/element"] / 1e6 for row in rows], "o-", label=name)
-    axes.set(xlabel="elements", ylabel="forward and backward, ms")
-    axes.legend()
-    figure.savefig(path)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    growth, ratios = figure.subplots(1, 2)
+    for gate in GATES:
+        rows = [row for row in by_size if row["gate"] == gate.__name__]
+        growth.loglog([row["elements"] for row in rows], [row["us"] for row in rows], "o-", label=gate.__name__)
+        rows = [row for row in by_ratio if row["gate"] == gate.__name__]
+        ratios.plot([row["keep ratio"] for row in rows], [row["ns/element"] for row in rows], "o-", label=gate.__name__)
+    rows = by_size[: len(ELEMENTS)]
+    growth.loglog([row["elements"] for row in rows], [row["relu us"] for row in rows], "s:", color="gray", label="ReLU")
+    last = by_size[-1]
+    line = [last["us"] * elements / last["elements"] for elements in (ELEMENTS[0], ELEMENTS[-1])]
+    growth.loglog([ELEMENTS[0], ELEMENTS[-1]], line, "--", color="lightgray", zorder=0, label="proportional")
+    growth.set(xlabel="elements", ylabel="forward and backward, µs", title="keep ratio 0.2")
+    ratios.set(xlabel="keep ratio", ylabel="forward and backward, ns an element", title=f"{MILLION:,} elements", ylim=0)
+    growth.legend(frameon=False)
+    ratios.legend(frameon=False)
+    for axes in (growth, ratios):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,12 @@ def main() -> None:
                     "behind/relu": times.ratio("behind", "relu"),
                 }
             )
-    show(rows, options)
+    show(
+        rows,
+        options,
+        by=("units", "keep ratio"),
+        targets={"published/gate": ">= 4", "warm gate/warm relu": "<= 5"},
+    )
 
 
 if __name__ == "__main__":

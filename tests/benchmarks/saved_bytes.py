@@ -79,7 +79,8 @@ def main() -> None:
         Published.keep_ratio = keep_ratio
         row = {"model": options.model, "keep ratio": keep_ratio, "dense MB": dense / 1e6}
         rows.append(row | {f"{name}/dense": saved_bytes(other, x) / dense for name, other in models.items()})
-    show(rows, options)
+    target = "<= 1.02" if options.model == "wrn" else "<= 1.06"
+    show(rows, options, by=("model", "keep ratio"), targets={"wrapped/dense": target})
 
 
 if __name__ == "__main__":

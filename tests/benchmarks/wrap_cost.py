@@ -44,5 +44,7 @@ def step_row(name: str, size: int, rounds: int) -> dict[str, object]:
 if __name__ == "__main__":
     options = arguments(__doc__)
     rows = [wrap_row(name) for name in ("vit_l_16", "resnet152", "densenet121", "efficientnet_b0")]
-    show(rows, options)
-    show([step_row(name, size, options.rounds) for name, size in (("resnet50", 64), ("densenet121", 64))], options)
+    targets = {"first_seconds": "<= 0.5", "second_ms_a_site": "<= 1"}
+    show(rows, options, by=("model", "what", "sites"), targets=targets)
+    rows = [step_row(name, size, options.rounds) for name, size in (("resnet50", 64), ("densenet121", 64))]
+    show(rows, options, by=("model", "what"), targets={"wrapped_over_bare": "<= 1.02"})
