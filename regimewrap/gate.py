@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from regimewrap import recompute
 from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
 from regimewrap.policy import RegimePolicy, require_ratio
 from regimewrap.topk.op import pre_relu_gate, topk_gate
@@ -44,6 +45,15 @@ class Site:
 Observer = Callable[[Site, Tensor, Tensor], None]
 
 
+class _Setting(NamedTuple):
+    """What a forward pass depends on besides its input."""
+
+    keep_ratio: Tensor
+    forced: bool
+    watched: bool
+    thresholds: Mapping[str, float] | None
+
+
 class TopKGate:
     """The keep ratio that all gated activations of one model share, and the rule by which they select.
 
@@ -51,7 +61,9 @@ class TopKGate:
         policy: the ``RegimePolicy`` the model was wrapped with.
         keep_ratio: 0-d float64 tensor on the CPU, in (0, 1]. It stays on the host on purpose: reading it never waits
             for a device, and a compiled graph takes it as an input instead of baking it in. Change it with
-            ``set_keep_ratio``, between a backward pass and the next forward pass.
+            ``set_keep_ratio``. A backward pass keeps to the ratio of its forward pass, also where activation
+            checkpointing computes that again; only a checkpoint around compiled code cannot know it, so there change
+            the ratio between a backward pass and the next forward pass, as the cycler does.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         observers: called at each site of each forward pass; empty unless somebody watches.
@@ -66,6 +78,8 @@ class TopKGate:
         self._root: weakref.ref[nn.Module] | None = None
         # True inside at_keep_ratio: the ratio then holds in eval mode too.
         self._forced = False
+        self._blocks = 0  # of at_keep_ratio, one inside the other
+        self._forced_in_backward = False
         rule = self.policy.gate
         self._rule: dict[str, Any] = {
             "scope": rule.scope,
@@ -118,9 +132,10 @@ class TopKGate:
         Args:
             training: the mode of the module that owns the site.
         """
-        if self.observers or self.thresholds or torch.compiler.is_compiling():
+        now = self._in_force()
+        if now.watched or now.thresholds or torch.compiler.is_compiling():
             return True
-        return float(self._ratio(training)) < 1.0
+        return float(self._ratio(training, now)) < 1.0
 
     def __call__(self, x: Tensor, site: Site, training: bool) -> Tensor:
         """Gate one activation's output.
@@ -143,16 +158,18 @@ class TopKGate:
     @property
     def selects_before_relu(self) -> bool:
         """Whether a ReLU is gated on its input, which saves nothing for backward; its output is the same."""
-        return self._masked and not self.observers and self.thresholds is None
+        now = self._in_force()
+        return self._masked and not now.watched and now.thresholds is None
 
     def before_relu(self, x: Tensor, site: Site, training: bool) -> Tensor:
         """Return what gives, after a ReLU, the gated activation; arguments as for ``__call__``, ``x`` its input."""
         return self._select(x, site, training, pre_relu_gate)
 
     def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
-        if self.thresholds is not None:
-            return self._cut(x, self.thresholds.get(site.name))
-        if self._dense_in_eval and not training and not self._forced:
+        now = self._in_force()
+        if now.thresholds is not None:
+            return self._cut(x, now.thresholds.get(site.name))
+        if self._dense_in_eval and not training and not now.forced:
             return x
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
@@ -166,7 +183,7 @@ class TopKGate:
             channel_dim = -1
         try:
             rule = self._rule if select is topk_gate else self._relu_rule
-            return select(x, self._ratio(training), channel_dim=channel_dim, multiplier=site.multiplier, **rule)
+            return select(x, self._ratio(training, now), channel_dim=channel_dim, multiplier=site.multiplier, **rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
 
@@ -178,10 +195,29 @@ class TopKGate:
             return nn.functional.hardshrink(x, threshold)
         return nn.functional.threshold(x, threshold, 0.0)
 
-    def _ratio(self, training: bool) -> Tensor:
-        if training or self._forced or self._eval_ratio is None:
-            return self.keep_ratio
+    def _ratio(self, training: bool, now: _Setting) -> Tensor:
+        if training or now.forced or self._eval_ratio is None:
+            return now.keep_ratio
         return self._eval_ratio
+
+    def _in_force(self) -> _Setting:
+        """Return what holds now; in a recomputation, what held in the forward pass that it repeats."""
+        now = _Setting(self.keep_ratio, self._forced, bool(self.observers), self.thresholds)
+        # A compiler puts the recomputation into the graph of the forward pass.
+        if torch.compiler.is_compiling() or not recompute.is_likely():
+            return now
+        running, repeated = recompute.memories()
+        depth = self._blocks
+        # A block that is itself part of what is repeated forces the ratio again.
+        if repeated is not None and self in repeated:
+            before, depth = repeated[self]
+            now = now._replace(watched=before.watched) if self._forced_in_backward else before
+        for memory in running:
+            # Of a function with blocks in it, what holds outside of these is to be remembered.
+            if self not in memory or memory[self][1] > depth:
+                with torch._C._DisableTorchDispatch():  # selective checkpointing counts operations
+                    memory[self] = now._replace(keep_ratio=now.keep_ratio.clone()), depth
+        return now
 
     def anchor(self, root: nn.Module) -> None:
         """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
@@ -291,11 +327,13 @@ def at_keep_ratio(model: nn.Module, keep_ratio: float) -> Iterator[TopKGate]:
         PolicyError: the ratio is outside (0, 1].
     """
     gate = gate_of(model)
-    before, forced, thresholds = float(gate.keep_ratio), gate._forced, gate.thresholds
+    before = float(gate.keep_ratio), gate._forced, gate._forced_in_backward, gate.thresholds
     gate.set_keep_ratio(keep_ratio)
-    gate._forced, gate.thresholds = True, None
+    gate._forced, gate._forced_in_backward, gate.thresholds = True, recompute.in_backward(), None
+    gate._blocks += 1
     try:
         yield gate
     finally:
-        gate.set_keep_ratio(before)
-        gate._forced, gate.thresholds = forced, thresholds
+        gate._blocks -= 1
+        ratio, gate._forced, gate._forced_in_backward, gate.thresholds = before
+        gate.set_keep_ratio(ratio)
