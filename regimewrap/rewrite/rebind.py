@@ -32,6 +32,8 @@ _SITES = "_regimewrap_sites"
 _FUSED = "_regimewrap_fused"
 _BASE = "_regimewrap_base"
 _METHODS = "_regimewrap_methods"
+_MADE_FROM = "_regimewrap_made_from"
+_SLOTS = {"__dict__", "__weakref__"}
 
 #: Attributes by which torch's own modules allow kernels that compute the activation inside. Without this the gate would
 #: be bypassed in eval mode under no_grad, or be handed nested tensors.
@@ -67,18 +69,36 @@ def rebind(module: nn.Module, methods: tuple[NewMethod, ...], gates: tuple[SiteG
         gates: the site gates that the new code calls by index.
     """
     fused = [name for cls, name in FUSED_PATHS.items() if isinstance(module, cls)]
-    base: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
-    subclass = _subclass(base, methods, tuple(fused))
+    top: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
     module.__dict__[_SITES] = gates
-    module.__class__ = subclass
+    if any(name in vars(top) for name in module._modules.get("parametrizations") or ()):
+        # torch takes a parametrization off the class on top, whatever that is; so ours goes below.
+        (base,) = top.__bases__
+        module.__class__ = _on(top, base, _subclass(base, methods, tuple(fused)))
+    else:
+        module.__class__ = _subclass(top, methods, tuple(fused))
 
 
 def release(module: nn.Module) -> None:
-    """Give ``module`` its own class back."""
-    base = type(module).__dict__.get(_BASE)
-    if base is not None:
-        module.__class__ = base
+    """Give ``module`` its own class back; classes that somebody put on top of ours stay on top."""
+    ours = next((cls for cls in type(module).__mro__ if _BASE in vars(cls)), None)
+    if ours is not None:
+        module.__class__ = _on(type(module), ours, vars(ours)[_BASE])
     module.__dict__.pop(_SITES, None)
+
+
+def _on(cls: Any, below: type, instead: type) -> Any:
+    """Return a class like ``cls``, which somebody made for one object, with another one in place of one below it."""
+    if cls is below:
+        return instead
+    if below not in cls.__mro__:
+        return cls
+    own = {name: value for name, value in vars(cls).items() if name not in {*_SLOTS, _MADE_FROM}}
+    made_from = vars(cls).get(_MADE_FROM)
+    if made_from is not None and made_from.__bases__ == (instead,) and vars(made_from).keys() - _SLOTS == own.keys():
+        return made_from
+    own[_MADE_FROM] = cls
+    return types.new_class(cls.__name__, tuple(_on(each, below, instead) for each in cls.__bases__), {}, _fill(own))
 
 
 def gates_of(module: nn.Module) -> tuple[SiteGate, ...]:
@@ -89,13 +109,12 @@ def gates_of(module: nn.Module) -> tuple[SiteGate, ...]:
 
 def is_rebound(module: nn.Module) -> bool:
     """Say whether ``module`` has rewritten methods."""
-    return _BASE in type(module).__dict__
+    return any(_BASE in vars(cls) for cls in type(module).__mro__)
 
 
 def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
-    # A class that somebody put on top of ours (FSDP does) keeps it there after unwrap, without gates.
-    gates: tuple[SiteGate, ...] | None = self.__dict__.get(_SITES)
-    return value if gates is None else gates[index](value, self.training)
+    gates: tuple[SiteGate, ...] = self.__dict__[_SITES]
+    return gates[index](value, self.training)
 
 
 def is_relu(function: object) -> bool:
@@ -114,9 +133,7 @@ def _relu(self: nn.Module, function: Any, value: Tensor, index: int, **options: 
         function = F.relu if function == "F.relu" else torch.relu
     if options and not is_relu(function):
         function = functools.partial(function, **options)
-    gates: tuple[SiteGate, ...] | None = self.__dict__.get(_SITES)
-    if gates is None:
-        return function(value)  # type: ignore[no-any-return]
+    gates: tuple[SiteGate, ...] = self.__dict__[_SITES]
     if is_relu(function):
         return gates[index].relu(function, value, self.training)
     return gates[index](function(value), self.training)

@@ -58,7 +58,9 @@ def topk_gate(
     check_keep_ratio(keep_ratio)
     if _gives_full_budget(keep_ratio):
         return x
-    saved = "mask" if gradient == "masked" and torch.is_grad_enabled() else "nothing"
+    # torch.jit.trace checks its trace without gradients, and wants the same graph again.
+    differentiable = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+    saved = "mask" if gradient == "masked" and differentiable else "nothing"
     y: Tensor = _select(x, keep_ratio, *selection, multiplier, saved)[0]
     return y
 

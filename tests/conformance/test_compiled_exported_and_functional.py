@@ -118,15 +118,7 @@ def test_an_ensemble_runs_under_vmap(make, x):
 
 
 @every_writing
-@pytest.mark.parametrize(
-    "grad_enabled",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(strict=True, reason="torch checks the trace without gradients and differs")
-        ),
-    ],
-)
+@pytest.mark.parametrize("grad_enabled", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
 def test_a_legacy_trace_gates_as_the_model_does(make, grad_enabled, x):
     with torch.set_grad_enabled(grad_enabled):

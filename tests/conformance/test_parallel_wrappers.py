@@ -126,6 +126,20 @@ def test_unwrap_under_fsdp2_takes_the_gates_off(make, x, mesh):
 
 
 @every_writing
+def test_under_fsdp2_a_model_is_unwrapped_and_wrapped_again(make, x, mesh):
+    output, grads = expected(make, x)
+    model = shard(wrapped(make), mesh)
+    for _ in range(2):
+        unwrap(model)
+        assert not any("regimewrap" in name for cls in type(model).__mro__ for name in vars(cls) if "made" not in name)
+        wrap(model, POLICY)
+    gate_of(model).set_keep_ratio(0.3)
+    y = model(x)
+    torch.testing.assert_close(y, output)
+    assert_same(full(gradients(model, y)), grads)
+
+
+@every_writing
 @pytest.mark.filterwarnings("ignore:.*NO_SHARD", "ignore:.*FullyShardedDataParallel")
 def test_fsdp1_around_a_wrapped_model(make, x):
     output, _ = expected(make, x)
