@@ -71,7 +71,8 @@ def rebind(module: nn.Module, methods: tuple[NewMethod, ...], gates: tuple[SiteG
     fused = [name for cls, name in FUSED_PATHS.items() if isinstance(module, cls)]
     top: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
     module.__dict__[_SITES] = gates
-    if any(name in vars(top) for name in module._modules.get("parametrizations") or ()):
+    parametrized = module._modules.get("parametrizations")
+    if isinstance(parametrized, nn.ModuleDict) and any(name in vars(top) for name in parametrized):
         # torch takes a parametrization off the class on top, whatever that is; so ours goes below.
         (base,) = top.__bases__
         module.__class__ = _on(top, base, _subclass(base, methods, tuple(fused)))
