@@ -8,6 +8,7 @@ units survive is the business of ``topk``.
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ class TopKGate:
             PolicyError: the ratio is outside (0, 1] or not a number.
         """
         self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
+        notice_hooks_when_compiled()
 
     def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
         """Cut at fixed thresholds instead of selecting, in train and eval mode and whatever the keep ratio.
@@ -261,6 +263,20 @@ class SiteGate:
         if self.gate.selects_before_relu:
             return function(self.gate.before_relu(x, self.site, training))
         return self(function(x), training)
+
+
+def notice_hooks_when_compiled() -> None:
+    """Have compiled code look at hooks; what was compiled before, and does not, is forgotten.
+
+    All models of a class share their compiled code. Unless told otherwise it is run without a look at hooks, so that
+    a wrapped model would run the code of a bare one that was compiled first, without a gate (pytorch #117758).
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds; nothing is compiled before somebody did
+    if dynamo is None or torch.compiler.is_compiling() or not dynamo.config.skip_nnmodule_hook_guards:
+        return
+    dynamo.config.skip_nnmodule_hook_guards = False
+    if dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
 
 
 def find_gate(model: nn.Module) -> TopKGate | None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate import TopKGate, at_keep_ratio, find_gate
+from regimewrap.gate import TopKGate, at_keep_ratio, find_gate, notice_hooks_when_compiled
 from regimewrap.policy import RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
@@ -208,7 +208,8 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _forget_compiled(model: nn.Module) -> None:
-    # Compiled code does not look at hooks that came later (pytorch #117758), so it must be compiled again.
+    notice_hooks_when_compiled()
+    # What this model runs was compiled for the other state of it.
     compiled = _is_compiled(model) or any(module._compiled_call_impl is not None for module in model.modules())
     if compiled:
         torch.compiler.reset()

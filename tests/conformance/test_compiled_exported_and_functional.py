@@ -71,6 +71,24 @@ def test_a_changing_ratio_compiles_one_frame(make, x):
 
 
 @every_writing
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_bare_model_that_is_compiled_first_does_not_lend_its_code(make, wrapped_first, x):
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as it is in a process that has not wrapped yet
+        model = wrapped(make) if wrapped_first else None
+        torch._dynamo.config.skip_nnmodule_hook_guards = True
+        plain = bare(make)
+        dense = torch.compile(plain, backend="eager")
+        assert torch.equal(dense(x), plain(x))
+        model = model or wrapped(make)
+        compiled = torch.compile(model, backend="eager")
+        compiled(x)
+        gate_of(model).set_keep_ratio(0.3)
+        torch.testing.assert_close(compiled(x), by_hand(bare(make), x))
+        assert torch.equal(dense(x), plain(x))
+
+
+@every_writing
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_an_exported_program_gates_as_the_model_does(make, strict, x):
