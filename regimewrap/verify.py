@@ -16,7 +16,7 @@ from regimewrap.gate import GATE_ATTRIBUTE, Site, gate_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose
 from regimewrap.sites.finder import Activation, find
-from regimewrap.sites.probe import untouched
+from regimewrap.sites.probe import Shapes, untouched
 from regimewrap.sites.purpose import Purpose
 
 
@@ -86,6 +86,7 @@ class _Census(TorchFunctionMode):
         # Tensors are kept, so that no other one takes their identity meanwhile.
         self._ran: list[tuple[Activation, Any]] = []
         self._seen: dict[int, Tensor] = {}
+        self._shapes = Shapes()
 
     def saw_gate(self, site: Site, before: Tensor, after: Tensor) -> None:  # noqa: ARG002  an Observer
         self.gated_sites.append(site)
@@ -116,16 +117,18 @@ class _Census(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002  torch fixes the signature
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack and self._stack[-1] is module:
             self._stack.pop()
+        if id(module) in self._paths:
+            self._shapes.record(self._paths[id(module)], args, output)
         kind = catalog.kind_of_module(module)
         if kind is not None:
             path = self._paths.get(id(module), type(module).__name__)
             self._ran.append((Activation(path, type(module).__name__, kind, path), output))
 
     def escaped(self, policy: Any) -> Iterator[Activation]:
-        planned, purpose = find(self._root), Purpose(self._root)
+        planned, purpose = find(self._root), Purpose(self._root, self._shapes)
         for activation, output in self._ran:
             if id(output) in self._seen:
                 continue

@@ -36,10 +36,10 @@ def choose(policy: SitePolicy, activation: Activation, purpose: Purpose) -> tupl
         return False, "not in sites.include"
     if included != "*":
         return True, f"included by {included!r}"
-    gate = purpose.gate_computed(activation)
-    if gate is not None:
-        return False, gate
-    return True, f"a hidden {activation.kind}"
+    reason = purpose.left_alone(activation)
+    if reason is not None:
+        return False, reason
+    return True, f"a hidden {activation.kind}{purpose.note(activation)}"
 
 
 def site_for(policy: RegimePolicy, activation: Activation, model: nn.Module) -> Site:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from regimewrap.sites import catalog
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -47,21 +47,45 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
         return model(*args, **kwargs)
 
 
-def activation_shapes(model: nn.Module, example_inputs: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of what each activation module returns, by dotted name."""
-    shapes: dict[str, tuple[int, ...]] = {}
+@dataclass
+class Shapes:
+    """What the modules of a model took and returned in one forward pass: shapes by dotted name.
+
+    Attributes:
+        batch: size of the first dimension of the model's first tensor.
+        inputs: of each module's first tensor.
+        outputs: of what each module returned, if that is one tensor.
+    """
+
+    batch: int | None = None
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def record(self, name: str, inputs: Any, output: Any) -> None:
+        """Take down one call of the module of that name."""
+        taken = next((each for each in tree_leaves(inputs) if isinstance(each, Tensor)), None)
+        if taken is not None:
+            self.inputs[name] = tuple(taken.shape)
+            if not name and taken.ndim:
+                self.batch = taken.shape[0]
+        if isinstance(output, Tensor):
+            self.outputs[name] = tuple(output.shape)
+
+
+def activation_shapes(model: nn.Module, example_inputs: Any) -> Shapes:
+    """Run a model once and return what its modules took and returned."""
+    shapes = Shapes()
 
     def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  torch fixes the signature
-            if isinstance(output, Tensor):
-                shapes[name] = tuple(output.shape)
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001  torch's signature
+            shapes.record(name, (args, kwargs), output)
 
         return hook
 
     handles = [
-        module.register_forward_hook(record(name))
+        module.register_forward_hook(record(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule) and catalog.kind_of_module(module) is not None
+        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         run(model, example_inputs)

@@ -2,8 +2,9 @@
 
 The inner activations of squeeze-excite, attention and gating branches are small and steer other units; gating them
 would silence whole channels. Whether one is such is read off what it feeds: followed through layers, does every path
-end in a sigmoid-like function whose result multiplies something? Where a module's forward cannot be followed, shapes
-say it (features pooled to one position, in a block with a sigmoid), and names last.
+end in a sigmoid-like function whose result multiplies features, or start from features averaged over positions and
+end where they multiply, or are added to, those that were averaged? What is computed from parameters and buffers alone
+has no samples to select within. Where forward code cannot be followed, shapes say it, and names last.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ast
 import functools
 import operator
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,15 +21,21 @@ from torch import fx, nn
 
 from regimewrap.sites import catalog
 from regimewrap.sites.calls import body_of, parse
-from regimewrap.sites.finder import Activation
+from regimewrap.sites.dataflow import Dataflow, is_layer, name_of, reads_shape, related
+from regimewrap.sites.finder import Activation, Method
+from regimewrap.sites.probe import Shapes
 
 _GATES = ("sigmoid", "tanh", "softmax")
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+_SUMS = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub"}
+# What attention does with its weights.
+_MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, torch.einsum, "matmul", "bmm"}
 # What a value may pass on its way and still be the same branch; layers and activations besides.
 _PASSING = {
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "expand_as", "expand", "contiguous",
-    "mean", "float", "to", "type_as", "dropout", "conv2d", "linear", "interpolate", "adaptive_avg_pool2d", "getattr",
-    "getitem", "unflatten", "clamp", "batch_norm", "layer_norm",
+    "mean", "sum", "float", "to", "type_as", "dropout", "conv1d", "conv2d", "conv3d", "linear", "interpolate",
+    "getattr", "adaptive_avg_pool2d", "getitem", "unflatten", "clamp", "batch_norm", "layer_norm", "chunk", "split",
+    "unbind", "repeat", "truediv", "div", "neg", "normalize",
 }  # fmt: skip
 # Class names of blocks that compute a gate, in lower case, for code that cannot be followed.
 _NAMES = (
@@ -48,38 +55,86 @@ _LIMIT = 40
 
 
 class Purpose:
-    """Answers, for one model, whether an activation computes a gate; traces each module once at most.
+    """Answers, for one model, what its activations are for.
 
     Args:
         model: read only; forward code is traced, not run.
-        shapes: shapes of activations' outputs by dotted module name, if a forward pass was watched.
+        shapes: what modules took and returned, if a forward pass was watched.
     """
 
-    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(self, model: nn.Module, shapes: Shapes | None = None) -> None:
         self._model = model
-        self._shapes = shapes or {}
+        self._shapes = shapes or Shapes()
+        self._flow = Dataflow(model)
+        self._holding: dict[str, bool] = {}
         self._paths = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        self._graphs: dict[str, fx.Graph | None] = {}
 
-    def gate_computed(self, activation: Activation) -> str | None:
-        """Return words for what an activation helps to compute if that is a gate, else ``None``."""
-        parent, _, target = activation.module.rpartition(".")
-        if isinstance(self._model, fx.GraphModule):
-            parent, target = "", activation.module
-        if activation.name == activation.module and parent in self._paths and self._near_gate(parent):
-            graph = self._graph(parent)
-            if graph is not None:
-                calls = graph.find_nodes(op="call_module", target=target)
-                ends = [end for node in calls for end in self._ends(parent, node, 0)]
-                if ends:
-                    gate = all(end == "gate" for end in ends)
-                    return f"all it feeds is a gate in {parent or type(self._model).__name__}" if gate else None
-        shape = self._shapes.get(activation.module, ())
-        if len(shape) == 4 and shape[2:] == (1, 1) and parent and self._holds_gate(parent):
-            return f"{parent} weighs pooled features with a sigmoid"
-        return self._named(activation)
+    def left_alone(self, activation: Activation) -> str | None:
+        """Return why an activation is to be left alone, in words, or ``None`` if it makes hidden features."""
+        calls = self._calls(activation)
+        if calls:
+            origins = {self._flow.origin(path, node) for path, node in calls}
+            owner = calls[0][0] or type(self._model).__name__
+            if origins == {"constant"}:
+                return "does not see the batch: computed from parameters and buffers alone"
+            pooled = origins == {"pooled"}
+            if not pooled and not any(self._near_gate(path) for path, _ in calls):
+                return None
+            ends = set()
+            for path, node in calls:
+                for end in self._ends(path, node, pooled, 0):
+                    if end == "features":
+                        return None
+                    ends.add(end)
+            if ends and ends <= {"gate", "steers"}:
+                how = ": pooled features that scale or shift the others" if "steers" in ends else ""
+                return f"all it feeds is a gate in {owner}{how}"
+        return self._by_shape(activation) or self._by_name(activation)
 
-    def _named(self, activation: Activation) -> str | None:
+    def note(self, activation: Activation) -> str:
+        """Return what is worth knowing about the shape of a gated activation, to be put behind the reason."""
+        shape = self._shapes.outputs.get(activation.module) if activation.name == activation.module else None
+        batch = self._shapes.batch
+        if not shape or batch is None or shape[0] == batch:
+            return ""
+        return f"; of shape {shape} for a batch of {batch}: what scope='sample' takes for a sample is a part of one"
+
+    def _calls(self, activation: Activation) -> list[tuple[str, fx.Node]]:
+        """Return where the activation is computed, each with the dotted name of the module that does it."""
+        path = activation.module
+        if path not in self._paths:
+            return []  # made during the forward pass
+        module = self._model.get_submodule(path)
+        if isinstance(module, fx.GraphModule) and activation.method is None:
+            name = activation.node or activation.name
+            return [(path, node) for node in module.graph.nodes if node.name == name and node.op != "call_module"]
+        if activation.name == path:
+            return self._flow.calls(path)
+        graph = self._flow.graph(path) if activation.call is not None else None
+        if graph is None or activation.call is None:
+            return []
+        short, found = activation.call.short, [node for node in graph.nodes if name_of(node) == activation.call.short]
+        if activation.method is not None and len(found) == _count(activation.method, short):
+            place = activation.name.rpartition(f".{short}_")[2]
+            found = [found[int(place) - 1 if place.isdigit() else 0]]
+        # Otherwise some branch was not taken, or a method runs twice: all calls of that name have to be alike.
+        return [(path, node) for node in found]
+
+    def _by_shape(self, activation: Activation) -> str | None:
+        """Judge by shapes: one position inside a block that takes and returns the same features at several."""
+        shape = self._shapes.outputs.get(activation.module, ())
+        if activation.name != activation.module or _positions(shape) != 1:
+            return None
+        path = activation.module
+        while path:
+            path = path.rpartition(".")[0]
+            taken, returned = self._shapes.inputs.get(path, ()), self._shapes.outputs.get(path, ())
+            if _positions(taken) > 1 and _positions(returned) != 1:
+                same = path and taken == returned
+                return f"a gate in {path}: one position, in a block from features to features" if same else None
+        return None
+
+    def _by_name(self, activation: Activation) -> str | None:
         if activation.module not in self._paths:
             return None  # made during the forward pass
         parts = activation.module.split(".") if activation.module else []
@@ -91,90 +146,122 @@ class Purpose:
 
     def _near_gate(self, path: str) -> bool:
         """Say whether anything sigmoid-like is in a block or in the one around it; a cheap first look."""
-        for near in {path, path.rpartition(".")[0]}:
-            for module in self._model.get_submodule(near).modules() if near else (self._model, *self._model.children()):
-                cls: Any = type(module)
-                if catalog.kind_of_module(module) in _GATES or calls_gate(cls):
-                    return True
-        return False
+        return self._holds_gate(path) or self._holds_gate(path.rpartition(".")[0])
 
     def _holds_gate(self, path: str) -> bool:
-        return any(catalog.kind_of_module(module) in _GATES for module in self._model.get_submodule(path).modules())
+        if path not in self._holding:
+            inside = self._model.get_submodule(path).modules() if path else (self._model, *self._model.children())
+            self._holding[path] = any(_is_gate(module) for module in inside)
+        return self._holding[path]
 
-    def _ends(self, path: str, node: fx.Node, depth: int) -> Iterator[str]:
-        """Yield where a value of the module at ``path`` ends up: ``gate`` or ``other``."""
+    def _ends(self, path: str, node: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
+        """Yield where a value of the module at ``path`` ends up.
+
+        ``gate`` behind a sigmoid or the like, ``steers`` where pooled features meet those they were pooled from,
+        ``features`` anywhere else, ``unknown`` in code that cannot be followed.
+        """
         if depth > _LIMIT:
-            yield "other"
+            yield "unknown"
             return
         for user in node.users:
             kind = catalog.kind_of_node(user, self._model.get_submodule(path))
             if user.op == "output":
-                yield from self._after(path, depth)
+                yield from self._after(path, pooled, depth)
+            elif reads_shape(user) or name_of(user).startswith("_assert"):
+                continue
             elif kind in _GATES:
-                yield "gate" if self._multiplies(path, user, depth) else "other"
-            elif kind is not None or self._passes(user):
-                yield from self._ends(path, user, depth + 1)
+                yield "gate" if self._multiplies(path, user, depth) else "features"
+            elif user.target in _PRODUCTS or user.target in _SUMS:
+                yield from self._meets(path, node, user, pooled, depth)
+            elif kind is not None or _passes(user):
+                yield from self._ends(path, user, pooled, depth + 1)
             elif user.op == "call_module":
-                yield from self._through(path, user, depth)
+                yield from self._through(path, node, user, pooled, depth)
             else:
-                yield "other"
+                yield "features"
 
-    def _after(self, path: str, depth: int) -> Iterator[str]:
+    def _meets(self, path: str, node: fx.Node, user: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
+        """Judge a product or sum with other values."""
+        others = [each for each in user.all_input_nodes if each is not node]
+        origins = {self._flow.origin(path, each) for each in others}
+        if origins <= {"constant"} or (pooled and "features" not in origins):
+            yield from self._ends(path, user, pooled, depth + 1)
+        else:
+            yield "steers" if pooled and any(related(node, each) for each in others) else "features"
+
+    def _after(self, path: str, pooled: bool, depth: int) -> Iterator[str]:
         """Go on where the module at ``path`` returns the value to."""
         if not path:
-            yield "other"
+            yield "features"
             return
-        parent, _, name = path.rpartition(".")
-        graph = self._graph(parent)
-        calls = list(graph.find_nodes(op="call_module", target=name)) if graph is not None else []
+        calls = self._flow.calls(path)
         if not calls:
-            yield "other"
-        for call in calls:
-            yield from self._ends(parent, call, depth + 1)
+            yield "unknown"
+        for caller, call in calls:
+            yield from self._ends(caller, call, pooled, depth + 1)
 
-    def _through(self, path: str, node: fx.Node, depth: int) -> Iterator[str]:
-        """Go on inside the child that a node calls with the value."""
-        inner = f"{path}.{node.target}" if path else str(node.target)
+    def _through(self, path: str, node: fx.Node, call: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
+        """Go on inside the child that is called with the value."""
+        inner = f"{path}.{call.target}" if path else str(call.target)
         child = self._model.get_submodule(inner)
-        if next(child.children(), None) is None:
-            # A layer, unless it is something of the user's own of which nothing is known.
-            if type(child).__module__.startswith("torch.nn") or next(child.parameters(), None) is not None:
-                yield from self._ends(path, node, depth + 1)
-            else:
-                yield "other"
+        if is_layer(child):
+            yield from self._ends(path, call, pooled, depth + 1)
             return
-        graph = self._graph(inner)
-        inputs = list(graph.find_nodes(op="placeholder")) if graph is not None else []
-        if not inputs:
-            yield "other"
-            return
-        yield from self._ends(inner, inputs[0], depth + 1)
+        entries = self._flow.entries(inner, call, node)
+        if entries is None:
+            yield "unknown"
+        for entry in entries or ():
+            yield from self._ends(inner, entry, pooled, depth + 1)
 
     def _multiplies(self, path: str, node: fx.Node, depth: int) -> bool:
-        """Say whether a sigmoid's value, reshaped perhaps, multiplies something."""
+        """Say whether a sigmoid's value, reshaped or scaled perhaps, multiplies something that the batch decides."""
+        if depth > _LIMIT:
+            return False
         for user in node.users:
-            target = user.target
-            if target in _PRODUCTS:
+            if user.target in _MATRIX_PRODUCTS:
                 return True
-            if self._passes(user) and self._multiplies(path, user, depth + 1):
-                return True
-            if user.op == "output" and path and depth < _LIMIT:
-                parent, _, name = path.rpartition(".")
-                graph = self._graph(parent)
-                calls = graph.find_nodes(op="call_module", target=name) if graph is not None else ()
-                if any(self._multiplies(parent, call, depth + 1) for call in calls):
+            if user.target in _PRODUCTS or user.target in _SUMS:
+                others = [each for each in user.all_input_nodes if each is not node]
+                if all(self._flow.origin(path, each) == "constant" for each in others):
+                    if self._multiplies(path, user, depth + 1):
+                        return True
+                elif user.target in _PRODUCTS:
                     return True
+            elif _passes(user) or (user.op == "call_module" and self._drops_out(path, user)):
+                if self._multiplies(path, user, depth + 1):
+                    return True
+            elif user.op == "output" and any(
+                self._multiplies(caller, call, depth + 1) for caller, call in self._flow.calls(path)
+            ):
+                return True
         return False
 
-    @staticmethod
-    def _passes(node: fx.Node) -> bool:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        return node.op in ("call_method", "call_function") and name in _PASSING
+    def _drops_out(self, path: str, call: fx.Node) -> bool:
+        child = self._model.get_submodule(path).get_submodule(str(call.target))
+        return is_layer(child) and next(child.parameters(), None) is None
 
-    def _graph(self, path: str) -> fx.Graph | None:
-        if path not in self._graphs:
-            self._graphs[path] = _follow(self._model.get_submodule(path))
-        return self._graphs[path]
+
+def _count(method: Method, short: str) -> int:
+    tree = parse(body_of(vars(method.owner)[method.name]))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+    return sum(ast.unparse(func).rpartition(".")[2].partition("[")[0] == short for func in calls)
+
+
+def _passes(node: fx.Node) -> bool:
+    return node.op in ("call_method", "call_function") and name_of(node) in _PASSING
+
+
+def _positions(shape: tuple[int, ...]) -> int:
+    """Return at how many positions features of a shape stand, channels first or last; 0 if it has no positions."""
+    if len(shape) < 4:
+        return 0
+    first, last = torch.Size(shape[2:]).numel(), torch.Size(shape[1:-1]).numel()
+    return min(first, last)
+
+
+def _is_gate(module: nn.Module) -> bool:
+    cls: Any = type(module)
+    return catalog.kind_of_module(module) in _GATES or calls_gate(cls)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,62 +275,3 @@ def calls_gate(cls: Any) -> bool:
         if isinstance(value, types.FunctionType)
         for name in body_of(value).__code__.co_names
     )
-
-
-class _Shallow(fx.Tracer):
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002  fx fixes the signature
-        return True
-
-
-_FOLLOWED: dict[object, fx.Graph | None] = {}
-
-
-def _follow(module: nn.Module) -> fx.Graph | None:
-    """Return the graph of a module's own forward, traced once for modules that are built alike; only to be read."""
-    if isinstance(module, fx.GraphModule):
-        return module.graph
-    children = tuple((name, type(child)) for name, child in module._modules.items())
-    plain = tuple(
-        (name, type(value), value)
-        for name, value in module.__dict__.items()
-        if isinstance(value, bool | int | float | str | None)
-    )
-    key = (type(module), children, plain)
-    if key not in _FOLLOWED:
-        _FOLLOWED[key] = _trace(module)
-    return _FOLLOWED[key]
-
-
-def _trace(module: nn.Module) -> fx.Graph | None:
-    """Trace a module's own forward, children as leaves, if that cannot change anything."""
-    forward = type(module).forward
-    if not isinstance(forward, types.FunctionType) or not _only_computes(body_of(forward)):
-        return None
-    before = dict(module.__dict__)
-    try:
-        return _Shallow().trace(module)
-    except Exception:  # noqa: BLE001  whatever stops the tracer means the same to us
-        return None
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(before)
-
-
-@functools.lru_cache(maxsize=4096)
-def _only_computes(function: types.FunctionType) -> bool:
-    """Say whether a function's code assigns to local names only and calls nothing for its effect."""
-    tree = parse(function)
-    if tree is None:
-        return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
-            return False
-        if isinstance(node, ast.Global | ast.Nonlocal | ast.Yield | ast.YieldFrom | ast.Await | ast.Import | ast.While):
-            return False
-        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
-            called = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-            if called.rpartition(".")[2] != "_assert":
-                return False
-    return True
