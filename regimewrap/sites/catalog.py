@@ -170,7 +170,12 @@ def kind_of_module(module: nn.Module) -> str | None:
     if next(module.children(), None) is not None:
         return None
     kind = kind_of_name(type(module).__name__)
-    return kind if kind == "prelu" or next(module.parameters(), None) is None else None
+    # Learnt slopes are numbers, or one a channel; what has matrices does more than an activation.
+    return kind if kind is None or all(_is_per_channel(each) for each in module.parameters()) else None
+
+
+def _is_per_channel(parameter: nn.Parameter) -> bool:
+    return sum(size > 1 for size in parameter.shape) <= 1
 
 
 def _kind_after_norm(module: nn.Module) -> str | None:

@@ -462,3 +462,23 @@ def test_finding_out_runs_nothing_and_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
     assert model.count == 0
     assert not hasattr(model, "last")
+
+
+def test_activations_with_learnt_slopes_are_found_and_layers_of_such_a_name_are_not():
+    class XIELU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope, self.shifts = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(1, 4, 1))
+
+        def forward(self, x):
+            return torch.where(x > 0, self.slope * x, torch.expm1(x)) + self.shifts
+
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    assert chosen(nn.Sequential(nn.Linear(3, 4), XIELU(), nn.PReLU(4), Swish())) == {"1": True, "2": True}
