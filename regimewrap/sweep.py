@@ -75,24 +75,8 @@ class Sweep:
         Raises:
             DataError: the suffix is another one, or the file cannot be written.
         """
-        path = Path(path)
-        match path.suffix.lower():
-            case ".json":
-                values = {f"{ratio:g}": value if math.isfinite(value) else None for ratio, value in self.values.items()}
-                text = json.dumps(values, indent=1) + "\n"
-            case ".csv":
-                table = io.StringIO()
-                csv.writer(table, lineterminator="\n").writerows([("keep_ratio", "value"), *self.values.items()])
-                text = table.getvalue()
-            case suffix:
-                raise DataError(f"a sweep is saved as .json or .csv; got {suffix!r} ({path}).")
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
+        values = {f"{ratio:g}": value if math.isfinite(value) else None for ratio, value in self.values.items()}
+        save_figures(path, "a sweep", values, [("keep_ratio", "value"), *self.values.items()])
 
 
 def sweep(
@@ -118,11 +102,11 @@ def sweep(
     if not ratios:
         raise PolicyError("keep_ratios must hold at least one fraction in (0, 1]; got none.")
     values: dict[float, float] = {}
-    with _modes_restored(model), torch.no_grad():
+    with modes_restored(model), torch.no_grad():
         model.eval()
         for ratio in ratios:
             with at_keep_ratio(model, ratio):
-                values[ratio] = _number(evaluate(model))
+                values[ratio] = metric(evaluate(model))
     return Sweep(MappingProxyType(values))
 
 
@@ -150,20 +134,55 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], keep_ratio: f
         raise WrapError(
             f"{type(model).__name__} has no BatchNorm layer with running statistics; there is nothing to recalibrate."
         )
-    with at_keep_ratio(model, keep_ratio), _modes_restored(model), _averaging(layers), torch.no_grad():
+    with at_keep_ratio(model, keep_ratio), modes_restored(model), _averaging(layers), torch.no_grad():
         model.eval()
         for layer in layers:
             layer.train()
         batches, device = 0, next(layers[0].buffers()).device
         for batch in loader:
-            _forward(model, batch, device)
+            run_batch(model, batch, device)
             batches += 1
         if batches == 0:
             raise DataError("the loader gave no batch; BatchNorm needs at least one to recalibrate from.")
 
 
+def save_figures(path: str | os.PathLike[str], what: str, values: Any, table: Iterable[Iterable[Any]]) -> None:
+    """Write ``values`` to a ``.json`` file or ``table`` to a ``.csv`` file, whole or not at all.
+
+    Raises:
+        DataError: the suffix is another one, or the file cannot be written.
+    """
+    path = Path(path)
+    match path.suffix.lower():
+        case ".json":
+            text = json.dumps(values, indent=1) + "\n"
+        case ".csv":
+            lines = io.StringIO()
+            csv.writer(lines, lineterminator="\n").writerows(table)
+            text = lines.getvalue()
+        case suffix:
+            raise DataError(f"{what} is saved as .json or .csv; got {suffix!r} ({path}).")
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written; a file that was there is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
 @contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's mode back on the way out."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -192,7 +211,13 @@ def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
+def run_batch(model: nn.Module, batch: Any, device: torch.device) -> None:
+    """Run a model on one batch of a loader; see ``recalibrate_batchnorm`` for the kinds of batches.
+
+    Raises:
+        DataError: the batch is of another kind.
+    """
+
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
@@ -209,7 +234,12 @@ def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
             )
 
 
-def _number(value: SupportsFloat) -> float:
+def metric(value: SupportsFloat) -> float:
+    """Return what ``evaluate`` returned as a number.
+
+    Raises:
+        WrapError: it is none.
+    """
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
