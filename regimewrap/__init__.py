@@ -5,6 +5,7 @@ the training loop, ``sweep`` shows what the network can do at each budget, and `
 """
 
 from regimewrap._version import __version__
+from regimewrap.calibration import Calibration, calibrate
 from regimewrap.cycle_state import Regime
 from regimewrap.cycler import RegimeCycler
 from regimewrap.errors import RegimewrapError
@@ -17,6 +18,7 @@ from regimewrap.verify import verify
 from regimewrap.wrap import plan, unwrap, wrap
 
 __all__ = [
+    "Calibration",
     "CyclePolicy",
     "GatePolicy",
     "Regime",
@@ -28,6 +30,7 @@ __all__ = [
     "TopKGate",
     "__version__",
     "at_keep_ratio",
+    "calibrate",
     "gate_of",
     "insert_gates",
     "plan",

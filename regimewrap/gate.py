@@ -44,6 +44,8 @@ class Site:
 
 #: Called at each gated site with the site, the activation's output, and what the gate made of it.
 Observer = Callable[[Site, Tensor, Tensor], None]
+#: Called with the same while thresholds are being found; returns the one to cut at instead of selecting.
+Recorder = Callable[[Site, Tensor, Tensor], float]
 
 
 class _Setting(NamedTuple):
@@ -77,6 +79,7 @@ class TopKGate:
         self.thresholds: dict[str, float] | None = None
         self.observers: list[Observer] = []
         self._root: weakref.ref[nn.Module] | None = None
+        self._recorder: Recorder | None = None
         # True inside at_keep_ratio: the ratio then holds in eval mode too.
         self._forced = False
         self._blocks = 0  # of at_keep_ratio, one inside the other
@@ -153,6 +156,8 @@ class TopKGate:
         if not isinstance(x, Tensor):
             raise SelectionError(f"{site.name}: an activation returns a tensor; got {type(x).__name__}.")
         y = self._select(x, site, training)
+        if self._recorder is not None:
+            y = self._cut(x, self._recorder(site, x, y))
         for observe in self.observers:
             observe(site, x, y)
         return y
@@ -204,7 +209,8 @@ class TopKGate:
 
     def _in_force(self) -> _Setting:
         """Return what holds now; in a recomputation, what held in the forward pass that it repeats."""
-        now = _Setting(self.keep_ratio, self._forced, bool(self.observers), self.thresholds)
+        watched = bool(self.observers) or self._recorder is not None
+        now = _Setting(self.keep_ratio, self._forced, watched, self.thresholds)
         # A compiler puts the recomputation into the graph of the forward pass.
         if torch.compiler.is_compiling() or not recompute.is_likely():
             return now

@@ -27,6 +27,7 @@ ORDER = [
     {"verify"},
     {"wrap"},
     {"sweep"},
+    {"calibration"},
     {"regimewrap"},
     {"recipes", "report", "testing"},
     {"cli", "integrations"},
