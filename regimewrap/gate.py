@@ -130,6 +130,7 @@ class TopKGate:
             if name not in names:
                 raise PolicyError(f"no gated site is called {name!r}; sites are {', '.join(names[:8])}.")
         self.thresholds = None if thresholds is None else dict(thresholds)
+        notice_hooks_when_compiled()
 
     def acts(self, training: bool) -> bool:
         """Say whether a site may change anything now, or somebody watches; if not, a fused kernel may bypass it.
