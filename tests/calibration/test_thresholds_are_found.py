@@ -106,6 +106,30 @@ def test_other_precisions_calibrate_too(dtype):
         assert densities(model, IMAGES.to(dtype)) == pytest.approx([0.2, 0.2, 0.2], rel=0.08)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_batches_are_moved_and_the_same_thresholds_found():
+    model = wrapped()
+    on_host = calibrate(model, [IMAGES], keep_ratios=(0.2,)).thresholds(0.2)
+    model.cuda()
+    calibration = calibrate(model, [IMAGES], keep_ratios=(0.2,))
+
+    assert calibration.thresholds(0.2) == pytest.approx(on_host, rel=0.02)
+    with calibration.apply(model, 0.2):
+        assert densities(model, IMAGES.cuda()) == pytest.approx([0.2, 0.2, 0.2], rel=0.05)
+
+
+def test_a_compiled_wrapper_calibrates_as_the_model_does():
+    model = wrapped()
+    expected = calibrate(model, [IMAGES], (0.2,)).sites
+    compiled = torch.compile(model, backend="eager")
+
+    calibration = calibrate(compiled, [IMAGES], (0.2,))
+
+    assert calibration.sites == expected
+    with calibration.apply(compiled, 0.2):
+        assert gate_of(model).thresholds
+
+
 @settings(deadline=None)
 @given(
     values=st.lists(st.integers(-0x7F7F, 0x7F7F), min_size=1, max_size=60, unique_by=abs),
