@@ -22,32 +22,54 @@ _REFERENCES_HERE = 3
 
 
 def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
-    """Return the ids of the activations that containers outside ``model`` refer to.
+    """Return the ids of the activations that something outside ``model`` refers to.
 
-    Only containers that other models could be built from count: dictionaries, lists and tuples (other modules'
-    children, globals, default arguments); local variables do not.
+    Only what other models could be built from counts: dictionaries, lists, tuples and attributes (other modules'
+    children, globals, default arguments, settings); local variables do not.
     """
-    own = {id(each) for module in model.modules() for each in (module._modules, *_plain(module))}
+    own, explained = _explained(model)
+
+    def suspected() -> list[nn.Module]:
+        return [each for each in activations if sys.getrefcount(each) > explained[id(each)] + _REFERENCES_HERE]
+
     # Counting references is quick; looking for who holds them walks all objects there are.
-    own_holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    suspects = [each for each in activations if sys.getrefcount(each) > own_holders[id(each)] + _REFERENCES_HERE]
-    if not suspects:
-        return set()
+    if suspected():
+        gc.collect(1)  # what planning left behind in cycles
+    suspects = suspected()
     wanted = {id(each) for each in suspects}
+    if not suspects or gc.get_freeze_count():  # nobody can say who is among the frozen objects, and a copy is cheap
+        return wanted
     found: set[int] = set()
     for holder in gc.get_referrers(*suspects):
         if isinstance(holder, types.FrameType) or id(holder) in own or holder is activations or holder is suspects:
             continue
         if type(holder) in (list, tuple):
             found.update(id(each) for each in holder if id(each) in wanted)
-        elif isinstance(holder, dict):
-            found.update(id(each) for each in holder.values() if id(each) in wanted)
+        else:
+            values = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+            found.update(id(each) for each in values.values() if id(each) in wanted)
     return found
 
 
-def _plain(module: nn.Module) -> Iterable[object]:
-    """The lists, tuples and dictionaries that are plain attributes of a module of the model itself."""
-    return [value for value in module.__dict__.values() if type(value) in (list, tuple, dict)]
+def _explained(model: nn.Module) -> tuple[set[int], Counter[int]]:
+    """Return the ids of the containers in a model, and how often what has an id is referred to in it."""
+    own: set[int] = set()
+    explained: Counter[int] = Counter()
+    for module in model.modules():
+        own.update((id(module), id(module.__dict__)))
+        for value in module.__dict__.values():
+            if isinstance(value, dict | list | tuple):
+                if value:
+                    own.add(id(value))
+                    explained.update(map(_referred, value.values() if isinstance(value, dict) else value))
+            elif isinstance(value, nn.Module | types.MethodType):
+                explained[_referred(value)] += 1
+    return own, explained
+
+
+def _referred(value: object) -> int:
+    """The id of what an attribute refers to; modules hold methods of themselves as functions to call."""
+    return id(value.__self__ if isinstance(value, types.MethodType) else value)
 
 
 def replace_shared(model: nn.Module, activations: Iterable[nn.Module]) -> None:

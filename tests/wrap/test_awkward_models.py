@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -25,6 +26,29 @@ class UsesShared(nn.Module):
         return self.act(self.linear(x))
 
 
+class Settings:
+    def __init__(self):
+        self.act = nn.ReLU()
+
+
+class HoldsAMethodOfItself(nn.GELU):
+    """As GELUActivation in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = self._compute
+        self.register_forward_pre_hook(self._before)
+
+    def _compute(self, x):
+        return super().forward(x)
+
+    def _before(self, module, args):
+        pass
+
+    def forward(self, x):
+        return self.act(x)
+
+
 def test_an_activation_that_models_share_is_gated_in_one_only():
     one, other = UsesShared(), UsesShared()
     x = torch.randn(3, 4)
@@ -44,6 +68,37 @@ def test_a_model_built_later_from_the_shared_activation_is_not_gated():
     late = UsesShared()
     x = torch.randn(3, 4)
     assert torch.equal(late(x), F.relu(late.linear(x)))
+
+
+def test_an_activation_that_settings_hold_is_not_touched():
+    settings = Settings()
+    model = UsesShared()
+    model.act = settings.act
+    gate_of(wrap(model)).set_keep_ratio(0.1)
+    assert not settings.act._forward_hooks
+    assert (model(torch.randn(3, 4)) != 0).sum() <= 3
+
+
+def test_an_activation_that_is_shared_is_found_after_a_garbage_collector_was_frozen():
+    gc.freeze()
+    try:
+        wrap(UsesShared())
+    finally:
+        gc.unfreeze()
+    assert not SHARED._forward_hooks
+
+
+def test_an_activation_that_a_variable_or_itself_refers_to_is_the_models_own(monkeypatch):
+    model = UsesShared()
+    model.act = mine = HoldsAMethodOfItself()
+    model.acts = [mine]
+    wrap(model)
+    assert model.act is mine
+    assert mine._forward_hooks
+    unwrap(model)
+    del mine
+    monkeypatch.setattr(gc, "get_referrers", lambda *_: pytest.fail("walked all objects"))
+    wrap(model)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
