@@ -104,6 +104,14 @@ class _Rewriter(ast.NodeTransformer):
         gate = ast.Call(method, [*arguments, ast.Constant(index)], keywords)
         return ast.fix_missing_locations(ast.copy_location(gate, node))
 
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        index = self.gated.pop(span_of(node), None)
+        self.generic_visit(node)
+        if index is None:
+            return node
+        method = ast.Attribute(ast.Name(self._self, ast.Load()), GATE_METHOD, ast.Load())
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(method, [node, ast.Constant(index)], []), node))
+
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         keep = isinstance(node.value, ast.Call) and span_of(node.value) in self.kept
         target = in_place_target(node.value) if keep and isinstance(node.value, ast.Call) else None

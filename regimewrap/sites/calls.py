@@ -12,7 +12,7 @@ import inspect
 import types
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +201,40 @@ def find_calls(
             target = in_place_target(node) if dropped and _works_in_place(node) else None
             relu = _is_plain_relu(node, scope) and not dropped
             found.append(Call(ast.unparse(node.func), kind, span_of(node), dropped, target, relu))
-    return found
+    return found + [Call("swish", "silu", span_of(node)) for node in _swishes(function)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _swishes(function: types.FunctionType) -> tuple[ast.expr, ...]:
+    """Return the expressions that spell a swish out: ``x * sigmoid(x)``, ``x * sigmoid(x * alpha)``."""
+    tree, scope = parse(function), Scope(function)
+    if tree is None or "sigmoid" not in _names(function.__code__):
+        return ()
+    return tuple(node for statement in tree.body for node in in_evaluation_order(statement) if _is_swish(node, scope))
+
+
+def _is_swish(node: ast.AST, scope: Scope) -> TypeGuard[ast.expr]:
+    for value, weight in _product(node):
+        if isinstance(value, ast.Call) or not isinstance(weight, ast.Call):
+            continue
+        method = isinstance(weight.func, ast.Attribute) and scope.value_of(weight.func) is UNKNOWN
+        given = [weight.func.value, *weight.args] if method and isinstance(weight.func, ast.Attribute) else weight.args
+        kind = catalog.TENSOR_METHODS.get(ast.unparse(weight.func).rpartition(".")[2]) if method else None
+        if len(given) == 1 and (kind or catalog.kind_of_function(scope.value_of(weight.func))) == "sigmoid":
+            scaled = {ast.unparse(a) for a, b in _product(given[0]) if not isinstance(b, ast.Call)}
+            if ast.unparse(value) in {ast.unparse(given[0]), *scaled}:
+                return True
+    return False
+
+
+def _product(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
+    """Return the factors of a product of two, either way round; none for anything else."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return [(node.left, node.right), (node.right, node.left)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "mul":
+        both = node.args if ast.unparse(node.func.value) == "torch" else [node.func.value, *node.args]
+        return [(both[0], both[1]), (both[1], both[0])] if len(both) == 2 and not node.keywords else []
+    return []
 
 
 @functools.lru_cache(maxsize=4096)

@@ -114,7 +114,7 @@ class Purpose:
         if graph is None or activation.call is None:
             return []
         short, found = activation.call.short, [node for node in graph.nodes if name_of(node) == activation.call.short]
-        if activation.method is not None and len(found) == _count(activation.method, short):
+        if found and activation.method is not None and len(found) == _count(activation.method, short):
             place = activation.name.rpartition(f".{short}_")[2]
             found = [found[int(place) - 1 if place.isdigit() else 0]]
         # Otherwise some branch was not taken, or a method runs twice: all calls of that name have to be alike.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+
 import pytest
 import timm
 import torch
@@ -482,3 +484,50 @@ def test_activations_with_learnt_slopes_are_found_and_layers_of_such_a_name_are_
             return x @ self.weight
 
     assert chosen(nn.Sequential(nn.Linear(3, 4), XIELU(), nn.PReLU(4), Swish())) == {"1": True, "2": True}
+
+
+@pytest.mark.parametrize(
+    ("expression", "spelled"),
+    [
+        ("x * torch.sigmoid(x)", True),
+        ("torch.sigmoid(x) * x", True),
+        ("x * torch.sigmoid(x * self.alpha)", True),
+        ("x * F.sigmoid(1.702 * x)", True),
+        ("x * x.sigmoid()", True),
+        ("x.mul(x.sigmoid())", True),
+        ("torch.mul(x, torch.sigmoid(x))", True),
+        ("x[..., :2] * x[..., :2].sigmoid()", True),
+        ("x * torch.sigmoid(self.linear(x))", False),
+        ("x * torch.sigmoid(x + 1)", False),
+        ("x * torch.tanh(x)", False),
+        ("2 * torch.sigmoid(x)", False),
+        ("y * torch.sigmoid(x)", False),
+        ("self.linear(x) * torch.sigmoid(self.linear(x))", False),
+    ],
+)
+def test_a_swish_that_is_spelled_out_is_found_and_gated(expression, spelled):
+    namespace = {"torch": torch, "F": F, "nn": nn}
+    source = f"""
+class Spelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.alpha = nn.Linear(8, 8), 1.5
+    def forward(self, x):
+        y = x = self.linear(x)
+        return {expression}
+"""
+    name = f"<spelled {expression}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), namespace)  # noqa: S102  the expression is the parameter
+    model = namespace["Spelled"]()
+    rows = {row.name: row.selected for row in plan(model) if row.activation.kind == "silu"}
+    assert rows == ({"forward.swish": True} if spelled else {})
+    if spelled:
+        x = torch.randn(2, 8)
+        before = model(x)
+        wrap(model)
+        assert torch.equal(model(x), before)
+        with regimewrap.at_keep_ratio(model, 0.5):
+            sparse = model(x)
+        assert ((sparse == before) | (sparse == 0)).all()
+        assert (sparse != 0).sum() == before.numel() // 2

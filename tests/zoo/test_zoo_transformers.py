@@ -580,13 +580,6 @@ FAILING: dict[tuple[str, str], str] = {
         for name in STATE_SPACES.keys() - {"RwkvForCausalLM", "Lfm2ForCausalLM", "RecurrentGemmaForCausalLM"}
         if not (name == "xLSTMForCausalLM" or (name == "Qwen3NextForCausalLM" and check != "wrap"))
     },
-    **{
-        (check, name): reason
-        for check in ("wrap", "prefix", "generate")
-        for name, reason in {
-            "GptOssForCausalLM": "its experts spell their activation out: gate * sigmoid(gate * alpha)",
-        }.items()
-    },
 }
 
 
