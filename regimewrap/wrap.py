@@ -167,9 +167,8 @@ def _warn_if_causal(model: nn.Module, policy: RegimePolicy) -> None:
     causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
     if causal or (callable(generates) and generates() is True):
         warnings.warn(
-            f"{type(model).__name__} looks like a causal model, or has a causal part: with scope="
-            f"{policy.gate.scope!r} what comes later in a sequence (tokens, frames, time steps) decides what comes "
-            'earlier keeps. Use GatePolicy(scope="position").',
+            f"{type(model).__name__} looks like a causal model, or holds one: with scope={policy.gate.scope!r} later "
+            'tokens, frames or time steps decide what earlier ones keep. Use GatePolicy(scope="position").',
             stacklevel=3,
         )
 
