@@ -269,16 +269,21 @@ def _operator(
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """Map over a new dimension; its entries never compete with each other."""
         results = []
-        for entry in range(info.batch_size):
+        for entry in range(max(info.batch_size, 1)):
             picked = list(arguments)
             for i, dim in enumerate(in_dims):
-                if isinstance(dim, int):
+                if isinstance(dim, int) and info.batch_size:
                     # Contiguous, so that bits are in the order of the stacked result's memory.
                     picked[i] = arguments[i].select(dim, entry).contiguous()
+                elif isinstance(dim, int):
+                    # Of no entries the result still has a shape: that of any one.
+                    shape = list(arguments[i].shape)
+                    del shape[dim]
+                    picked[i] = arguments[i].new_ones(shape)
             results.append(call(*picked))
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0)
+            return torch.stack(results)[: info.batch_size], 0
+        return tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True)), (0, 0)
 
     operator.register_vmap(one_by_one)
 
