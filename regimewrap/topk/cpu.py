@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _WORTH_LOADING = 1 << 12
 #: Elements that keep a thread busy for longer than it takes to wake it.
 _GRAIN = 1 << 16
+#: Units in a row that a kernel does not count.
+_TOO_LONG = 1 << 31
 
 _INTEGERS = {
     torch.float16: (torch.int16, 0x7C00),
@@ -114,7 +116,8 @@ def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
 def _blocks(x: Tensor, y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
     """Describe ``y``'s memory as (blocks, units, distance of units): ``None`` where rows are scattered otherwise."""
     rows, units = row_shape(x.shape, selection)
-    if units >= 1 << 31:  # more than a kernel counts
+    if units >= _TOO_LONG:
+        _tell_of_long_rows()
         return None
     order = sorted((d for d in range(y.dim()) if y.shape[d] > 1), key=y.stride, reverse=True)
     if selection.scope == "position":
@@ -128,6 +131,15 @@ def _blocks(x: Tensor, y: Tensor, selection: Selection) -> tuple[int, int, int] 
     if selection.ties == "exact" and order != sorted(order):
         return None  # the lowest index is not the first in memory
     return rows, units, 1
+
+
+@functools.cache
+def _tell_of_long_rows() -> None:
+    warnings.warn(
+        f"regimewrap selects in plain torch among {_TOO_LONG} units or more: same results, 10 to 20 times slower.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _flat(x: Tensor, integer: torch.dtype) -> Any:
