@@ -5,17 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regimewrap import topk
-from regimewrap.topk import cpu
+from regimewrap.topk import cpu, op
 from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import kept
+from regimewrap.topk.selection import Selection
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
@@ -123,6 +126,73 @@ def test_threads_share_rows_without_changing_a_bit(shape, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, alone, together))
+
+
+def test_python_threads_that_gate_at_once_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setattr(cpu, "_GRAIN", 1000)
+    tensors = [torch.randn(16, 5000) for _ in range(8)]
+    alone = [topk_gate(x, ratio(0.2)) for x in tensors]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                together = list(pool.map(lambda x: topk_gate(x, ratio(0.2)), tensors))
+                assert all(map(torch.equal, alone, together))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("scope", ["sample", "position", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_copy_is_made_in_either_memory_format(memory_format, scope, dtype):
+    x = torch.randn(4, 16, 8, 8).to(dtype).to(memory_format=memory_format)
+
+    with Allocations(x) as forward:
+        y, bits = op._gate(x, ratio(0.3), scope, 1, "magnitude", "all", "keep", 1.0, "mask")
+    with Allocations(x, bits) as backward:
+        grad = op._masked(x, bits, y.stride())
+
+    assert y.stride() == grad.stride() == x.stride()
+    assert sorted(forward.by_storage.values()) == [bits.nbytes, y.nbytes]
+    assert list(backward.by_storage.values()) == [grad.nbytes]
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the bytes of every storage that operations return, except those of the tensors given."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.by_storage: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = function(*args, **(kwargs or {}))
+        if isinstance(returned, torch.Tensor) and returned.nbytes > 8:
+            storage = returned.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.by_storage[storage.data_ptr()] = storage.nbytes()
+        return returned
+
+
+def test_rows_that_no_kernel_counts_are_selected_in_torch_after_one_warning(monkeypatch):
+    monkeypatch.setattr(cpu, "_TOO_LONG", 100)
+    cpu._tell_of_long_rows.cache_clear()
+    with pytest.warns(RuntimeWarning, match="among 100 units or more"):
+        assert agrees(torch.randn(2, 100), 0.2)
+    assert agrees(torch.randn(2, 100), 0.2, ties="exact")  # a second warning would be an error
+    assert agrees(torch.randn(2, 99), 0.2)
+    cpu._tell_of_long_rows.cache_clear()
+
+
+def test_more_than_two_to_the_31_elements_are_served_if_their_rows_are_shorter(monkeypatch):
+    monkeypatch.setattr(cpu, "_tell_of_long_rows", lambda: None)
+    wide, long = (torch.empty(shape, device="meta") for shape in ((2**16, 2**16), (1, 2**31)))
+    assert cpu._blocks(wide, wide, Selection()) == (2**16, 2**16, 1)
+    assert cpu._blocks(wide, wide, Selection(scope="position", channel_dim=0)) == (1, 2**16, 2**16)
+    assert cpu._blocks(wide, wide, Selection(scope="batch")) is None
+    assert cpu._blocks(long, long, Selection()) is None
 
 
 def _gate_in_child(queue: multiprocessing.Queue) -> None:

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from regimewrap.topk import cpu, op
 from regimewrap.topk.op import pre_relu_gate, relu_gate, topk_gate
 from regimewrap.topk.reference import kept
 
@@ -20,6 +21,15 @@ opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 
 def ratio(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
+
+
+@opcheck_warns
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_opcheck_finds_nothing_in_other_dtypes(scope, dtype):
+    x = torch.randn(2, 3, 5, 4).to(dtype).requires_grad_()
+    arguments = (x, ratio(0.3), scope, 1, "magnitude", "active", "keep", 0.5, "mask")
+    torch.library.opcheck(torch.ops.regimewrap.topk_gate.default, arguments)
 
 
 @opcheck_warns
@@ -139,10 +149,73 @@ def test_recomputation_selects_the_same_units(use_reentrant):
         assert torch.equal(torch.autograd.grad(again, x)[0], direct)
 
 
-def test_autocast_leaves_the_dtype_alone():
+@pytest.mark.parametrize("gradient", ["masked", "straight_through"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("function", [topk_gate, relu_gate])
+def test_autocast_leaves_values_gradients_and_dtype_alone(function, dtype, gradient):
+    x = torch.randn(2, 8, dtype=dtype, requires_grad=True)
+    outside = function(x, ratio(0.5), gradient=gradient)
+    grad_outside = torch.autograd.grad(outside.sum(), x)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for dtype in (torch.float32, torch.bfloat16):
-            assert topk_gate(torch.randn(2, 8, dtype=dtype), ratio(0.5)).dtype == dtype
+        inside = function(x, ratio(0.5), gradient=gradient)
+        grad_inside = torch.autograd.grad(inside, x, torch.ones_like(inside))[0]
+    assert inside.dtype == grad_inside.dtype == dtype
+    assert torch.equal(inside, outside)
+    assert torch.equal(grad_inside, grad_outside)
+
+
+@pytest.mark.parametrize("saved", ["mask", "output", "nothing"])
+@pytest.mark.parametrize("ties", ["keep", "exact"])
+@pytest.mark.parametrize("relative_to", ["all", "active"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_selection_itself_reads_no_value_of_its_tensor(scope, relative_to, ties, saved):
+    # The operator would not even run here: on tensors without values torch only asks it for shapes.
+    x = torch.empty(2, 3, 5, 4, device="meta").to(memory_format=torch.channels_last)
+    score = "positive" if saved == "output" else "magnitude"
+
+    y, bits = op._gate(x, ratio(0.3), scope, 1, score, relative_to, ties, 1.0, saved)
+
+    assert y.stride() == x.stride()
+    if saved == "mask":
+        assert op._masked(y, bits, y.stride()).stride() == x.stride()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_two_runs_agree_bit_for_bit_where_torch_demands_determinism(scope, monkeypatch):
+    monkeypatch.setattr(cpu, "_state", {"kernels": None, "usable": False})  # the kernels have this in their own tests
+    x = torch.randn(2, 3, 40, 40).round().requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [topk_gate(x, ratio(0.3), scope=scope, ties="exact") for _ in range(2)]
+        grads = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in runs]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*runs)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (0,), (0, 4), (4, 0), (2, 0, 3), (2, 1, 1, 1)])
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_rows_of_one_unit_and_of_none_come_out_as_they_went_in(backend, scope, shape):
+    torch._dynamo.reset()
+    x = torch.randn(shape, requires_grad=True)
+
+    def function(x):
+        return topk_gate(x, ratio(0.5), scope=scope) * 2
+
+    y = torch.compile(function, backend=backend)(x) if backend else function(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    if scope == "sample" or x.numel() < 2:
+        assert torch.equal(y, 2 * x)
+        assert torch.equal(grad, torch.full(shape, 2.0))
+
+
+def test_vmap_over_no_entries_is_empty():
+    x = torch.randn(0, 3, 4)
+    assert torch.vmap(lambda entry: topk_gate(entry, ratio(0.3)))(x).shape == x.shape
+    loss = torch.func.grad(lambda entry: topk_gate(entry, ratio(0.3)).sum())
+    assert torch.vmap(loss, in_dims=1)(torch.randn(3, 0, 4)).shape == (0, 3, 4)
 
 
 def saved_for_backward(function, x):
