@@ -6,6 +6,7 @@ the training loop, ``sweep`` shows what the network can do at each budget, and `
 
 from regimewrap._version import __version__
 from regimewrap.calibration import Calibration, calibrate
+from regimewrap.compression import compressed_activations
 from regimewrap.cycle_state import Regime
 from regimewrap.cycler import RegimeCycler
 from regimewrap.errors import RegimewrapError
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "at_keep_ratio",
     "calibrate",
+    "compressed_activations",
     "gate_of",
     "insert_gates",
     "plan",

@@ -47,6 +47,10 @@ Observer = Callable[[Site, Tensor, Tensor], None]
 #: Called with the same while thresholds are being found; returns the one to cut at instead of selecting.
 Recorder = Callable[[Site, Tensor, Tensor], float]
 
+#: Called wherever a gate cut something, outside compiled code, with the activation's output and what the gate made of
+#: it; these are one tensor at a ReLU that was gated on its input.
+Listener = Callable[[Tensor, Tensor], None]
+
 
 class _Setting(NamedTuple):
     """What a forward pass depends on besides its input."""
@@ -70,6 +74,7 @@ class TopKGate:
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         observers: called at each site of each forward pass; empty unless somebody watches.
+        listeners: called at each site that cuts something; unlike observers they change nothing of how it is gated.
     """
 
     def __init__(self, policy: RegimePolicy | None = None) -> None:
@@ -78,6 +83,7 @@ class TopKGate:
         self.sites: tuple[Site, ...] = ()
         self.thresholds: dict[str, float] | None = None
         self.observers: list[Observer] = []
+        self.listeners: list[Listener] = []
         self._root: weakref.ref[nn.Module] | None = None
         self._recorder: Recorder | None = None
         # True inside at_keep_ratio: the ratio then holds in eval mode too.
@@ -161,7 +167,21 @@ class TopKGate:
             y = self._cut(x, self._recorder(site, x, y))
         for observe in self.observers:
             observe(site, x, y)
+        if y is not x:
+            self.tell(x, y)
         return y
+
+    def tell(self, x: Tensor, y: Tensor) -> None:
+        """Tell the listeners of an activation's output ``x`` and of ``y``, what was made of it."""
+        if torch.compiler.is_compiling():
+            return
+        for listen in self.listeners:
+            listen(x, y)
+
+    def after_relu(self, y: Tensor, training: bool) -> None:
+        """Take notice of a gated activation, made by a ReLU of what ``before_relu`` returned."""
+        if not torch.compiler.is_compiling() and self.listeners and self.acts(training):
+            self.tell(y, y)
 
     @property
     def selects_before_relu(self) -> bool:
@@ -240,14 +260,14 @@ class TopKGate:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.keep_ratio = self.keep_ratio.clone()
-        twin.observers = []
+        twin.observers, twin.listeners = [], []
         if root is not None:
             twin.anchor(memo[id(root)])
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither a weak reference nor somebody's observer belongs in a file.
-        return {**self.__dict__, "_root": None, "observers": []}
+        return {**self.__dict__, "_root": None, "observers": [], "listeners": []}
 
     def __repr__(self) -> str:
         ratio, scope = float(self.keep_ratio), self.policy.gate.scope
@@ -268,7 +288,9 @@ class SiteGate:
     def relu(self, function: Callable[..., Tensor], x: Tensor, training: bool) -> Tensor:
         """Return the gated ``function(x)``, a ReLU that makes a new tensor: on its input if that is as good."""
         if self.gate.selects_before_relu:
-            return function(self.gate.before_relu(x, self.site, training))
+            y = function(self.gate.before_relu(x, self.site, training))
+            self.gate.after_relu(y, training)
+            return y
         return self(function(x), training)
 
 

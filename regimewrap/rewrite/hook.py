@@ -34,6 +34,7 @@ class ReluHook(GateHook):
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate ``output`` unless the input was."""
         if _gates_input(self.gate, module, args):
+            self.gate.gate.after_relu(output, module.training)
             return output
         return super().__call__(module, args, output)
 

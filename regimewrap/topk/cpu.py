@@ -113,6 +113,65 @@ def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
     return _share(run, packed.size, 1, grad.numel())
 
 
+def note_nonzero(flat: Tensor, bits: Tensor) -> Tensor | None:
+    """Set a bit for each element of flat memory whose bits are not all zero.
+
+    Args:
+        flat: on the CPU, contiguous, one dimension, at least one element.
+        bits: uint8, one bit for each element.
+
+    Returns:
+        How many there are in each block of ``numba_kernels``, int64; ``None`` if no kernel serves this tensor.
+    """
+    kernels = _kernels(flat)
+    if kernels is None or flat.dtype not in _INTEGERS:
+        return None
+    counts = torch.empty(-(-bits.numel() // kernels._BLOCK), dtype=torch.int64)
+    source, packed, counted = _flat(flat, _INTEGERS[flat.dtype][0]), bits.numpy(), counts.numpy()
+
+    def run(start: int, stop: int) -> None:
+        kernels.note_nonzero(source, packed, counted, start, stop)
+
+    return counts if _share(run, counts.numel(), 1, flat.numel()) else None
+
+
+def gather_nonzero(flat: Tensor, values: Tensor, starts: Tensor) -> bool:
+    """Copy the elements that ``note_nonzero`` found to ``values``.
+
+    Args:
+        flat: what it was given.
+        values: as many elements as it counted; dtype of ``flat``.
+        starts: running sum of its counts, from 0; int64.
+
+    Returns:
+        False if the kernel failed.
+    """
+    kernels = _kernels(flat)
+    if kernels is None:
+        return False
+    integer, _ = _INTEGERS[flat.dtype]
+    source, found, places = _flat(flat, integer), _flat(values, integer), starts.numpy()
+
+    def run(start: int, stop: int) -> None:
+        kernels.gather_nonzero(source, found, places, start, stop)
+
+    return _share(run, places.size - 1, 1, flat.numel())
+
+
+def scatter_nonzero(bits: Tensor, values: Tensor, starts: Tensor, flat: Tensor) -> bool:
+    """Write to ``flat`` what ``note_nonzero`` and ``gather_nonzero`` were given; False if the kernel failed."""
+    kernels = _kernels(flat)
+    if kernels is None:
+        return False
+    integer, _ = _INTEGERS[flat.dtype]
+    packed, found, places, result = bits.numpy(), _flat(values, integer), starts.numpy(), _flat(flat, integer)
+
+    def run(start: int, stop: int) -> None:
+        kernels.scatter_nonzero(packed, found, places, result, start, stop)
+
+    return _share(run, places.size - 1, 1, flat.numel())
+
+
 def _blocks(x: Tensor, y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
     """Describe ``y``'s memory as (blocks, units, distance of units): ``None`` where rows are scattered otherwise."""
     rows, units = row_shape(x.shape, selection)

@@ -378,3 +378,49 @@ def mask_gradient(grad: Any, bits: Any, out: Any, start: int, stop: int) -> None
         source, result = grad[8 * first : 8 * last], out[8 * first : 8 * last]
         for i in range(source.size):
             result[i] = source[i] if mask[i] else 0
+
+
+@_compiled
+def note_nonzero(x: Any, bits: Any, counts: Any, start: int, stop: int) -> None:
+    """Set the bits of the elements of ``x`` that are not zero and count them, in blocks ``start`` to ``stop``."""
+    mask = np.empty(8 * _BLOCK, np.uint8)
+    for block in range(start, stop):
+        source = x[8 * _BLOCK * block : 8 * _BLOCK * (block + 1)]
+        count = int32(0)
+        for i in range(source.size):
+            nonzero = source[i] != 0
+            mask[i] = nonzero
+            count = int32(count + int32(nonzero))
+        mask[source.size :] = 0
+        _pack(mask, bits[_BLOCK * block : _BLOCK * (block + 1)])
+        counts[block] = count
+
+
+@_compiled
+def gather_nonzero(x: Any, values: Any, starts: Any, start: int, stop: int) -> None:
+    """Copy the elements of ``x`` that are not zero to ``values``; those of a block begin at its entry in ``starts``."""
+    # Each element is written, and overwritten by the next unless it counts: a branch would be guessed wrong too often.
+    found = np.empty(8 * _BLOCK + 1, x.dtype)
+    for block in range(start, stop):
+        source = x[8 * _BLOCK * block : 8 * _BLOCK * (block + 1)]
+        place = 0
+        for i in range(source.size):
+            found[place] = source[i]
+            place += source[i] != 0
+        values[starts[block] : starts[block + 1]] = found[:place]
+
+
+@_compiled
+def scatter_nonzero(bits: Any, values: Any, starts: Any, out: Any, start: int, stop: int) -> None:
+    """Undo ``gather_nonzero``: write the next value where a bit is set and zero elsewhere."""
+    mask = np.empty(8 * _BLOCK, np.uint8)
+    found = np.zeros(8 * _BLOCK + 1, out.dtype)
+    for block in range(start, stop):
+        _unpack(bits[_BLOCK * block : _BLOCK * (block + 1)], mask)
+        result = out[8 * _BLOCK * block : 8 * _BLOCK * (block + 1)]
+        found[: starts[block + 1] - starts[block]] = values[starts[block] : starts[block + 1]]
+        place = 0
+        for i in range(result.size):
+            one = mask[i] >> 7
+            result[i] = found[place] * one
+            place += one

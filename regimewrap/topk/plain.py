@@ -55,8 +55,9 @@ def _thresholds(score: Tensor, ratio: float, selection: Selection) -> tuple[Tens
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a flat boolean tensor into bytes, lowest bit first; the last byte is filled up with zeros."""
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+    words = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
+    # The product gathers the lowest bit of each byte in the highest byte.
+    return (words * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:

@@ -1,36 +1,78 @@
-"""Bytes kept between forward and backward by a wrapped model, as a multiple of the dense model's.
+"""Bytes kept between forward and backward, and a step's time, as multiples of the dense model's.
 
-    python tests/benchmarks/saved_bytes.py [--model wrn|functions|vit|bert] [--batch 4]
+    python tests/benchmarks/saved_bytes.py [--model wrn|functions|vit|bert] [--norm rms|batch] [--batch 4]
 
-Counts every storage that autograd holds after a forward pass, once each, without parameters. ``functions`` is a network
-that calls its ReLUs as functions, in code that is traced and in code that is rewritten; in ``wrn`` they are modules.
+Counts every storage that the graph of a forward pass holds, once each, without parameters: for the wrapped model as it
+is, for the published way, and inside ``compressed_activations``. ``functions`` is a network that calls its ReLUs as
+functions, in code that is traced and in code that is rewritten; in ``wrn`` they are modules, and ``norm`` is its norm.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from paired import arguments, show
-from step_speed import Published, bert, vit, with_published_gates, wrn
+from paired import Rounds, arguments, show
+from step_speed import Published, bert, step, vit, with_published_gates, wrn
 from torch import Tensor, nn
 
 import regimewrap
+from regimewrap.recipes.wide_resnet import WideResNet
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    storages: dict[int, Tensor] = {}
+def as_it_is() -> AbstractContextManager[None]:
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def saved_bytes(model: nn.Module, x: Tensor, hooks: AbstractContextManager[None]) -> int:
+    with hooks:
         output = model(x)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert output.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in storages.items() if pointer not in own)
+    storages: dict[int, Tensor] = {}
+    nodes, found = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_raw_saved"):
+                held = getattr(node, name)
+                for each in held if isinstance(held, list | tuple) else [held]:
+                    for tensor in tensors_in(each):
+                        storages[tensor.untyped_storage()._cdata] = tensor
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in own)
+
+
+def tensors_in(saved: Any) -> list[Tensor]:
+    """Every tensor that is reached from what a node saved."""
+    try:
+        objects, tensors, seen = [saved.data], [], set()
+    except RuntimeError:  # nothing was saved under this name
+        return []
+    while objects:
+        each = objects.pop()
+        if isinstance(each, Tensor):
+            tensors.append(each)
+        elif id(each) not in seen and (isinstance(each, dict) or type(each).__module__.startswith("regimewrap")):
+            seen.add(id(each))
+            objects += each.values() if isinstance(each, dict) else gc.get_referents(each)
+    return tensors
+
+
+class Compressed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with regimewrap.compressed_activations(self.model):
+            return self.model(x)
 
 
 class FunctionRelus(nn.Module):
@@ -65,22 +107,37 @@ def functions(batch: int) -> tuple[nn.Module, Tensor]:
 
 
 def main() -> None:
-    options = arguments(__doc__, model="wrn", batch=4)
+    options = arguments(__doc__, model="wrn", norm="rms", batch=4)
     model, x = {"wrn": wrn, "functions": functions, "vit": vit, "bert": bert}[options.model](options.batch)
+    if options.model == "wrn":
+        model = WideResNet(28, 4, norm=options.norm)
     scope = "sample" if options.model in ("wrn", "functions") else "position"
     policy = regimewrap.RegimePolicy.from_yaml(f"gate: {{scope: {scope}}}")
-    models = {"wrapped": regimewrap.wrap(copy.deepcopy(model), policy)}
+    wrapped = regimewrap.wrap(copy.deepcopy(model), policy)
+    models = {"wrapped": wrapped}
     if options.model == "wrn":
         models["published"] = with_published_gates(model)
-    dense = saved_bytes(model, x)
-    rows = []
+    steps = {
+        "dense": step(model, x, compiled=False),
+        "wrapped": step(wrapped, x, compiled=False),
+        "compressed": step(Compressed(wrapped), x, compiled=False),
+    }
+    dense = saved_bytes(model, x, as_it_is())
+    rows, compressed = [], []
     for keep_ratio in (1.0, 0.5, 0.1):
-        regimewrap.gate_of(models["wrapped"]).set_keep_ratio(keep_ratio)
+        regimewrap.gate_of(wrapped).set_keep_ratio(keep_ratio)
         Published.keep_ratio = keep_ratio
-        row = {"model": options.model, "keep ratio": keep_ratio, "dense MB": dense / 1e6}
-        rows.append(row | {f"{name}/dense": saved_bytes(other, x) / dense for name, other in models.items()})
-    target = "<= 1.02" if options.model == "wrn" else "<= 1.06"
-    show(rows, options, by=("model", "keep ratio"), targets={"wrapped/dense": target})
+        place = {"model": options.model, "keep ratio": keep_ratio}
+        sizes = {f"{name}/dense": saved_bytes(other, x, as_it_is()) / dense for name, other in models.items()}
+        rows.append(place | {"dense MB": dense / 1e6} | sizes)
+        times = Rounds(steps, options.rounds)
+        small = {"compressed/dense": saved_bytes(wrapped, x, regimewrap.compressed_activations(wrapped)) / dense}
+        ratios = {f"step {name}/dense": times.ratio(name, "dense") for name in ("wrapped", "compressed")}
+        compressed.append(place | small | {"step dense s": times.seconds("dense")} | ratios)
+    by = ("model", "keep ratio")
+    show(rows, options, by=by, targets={"wrapped/dense": "<= 1.02" if options.model == "wrn" else "<= 1.06"})
+    show(compressed[:-1], options, by=by)
+    show(compressed[-1:], options, by=by, targets={"compressed/dense": "<= 0.5"} if options.model == "wrn" else None)
 
 
 if __name__ == "__main__":
