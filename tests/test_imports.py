@@ -22,7 +22,7 @@ ORDER = [
     {"strategies"},
     {"policy"},
     {"gate"},
-    {"sites", "cycle_state", "telemetry"},
+    {"sites", "compression", "cycle_state", "telemetry"},
     {"rewrite", "cycler"},
     {"verify"},
     {"wrap"},

@@ -42,7 +42,7 @@ class Packed:
     def __init__(self, flat: Tensor) -> None:
         self._flat: Tensor | None = flat
         self._version = flat._version
-        self._n, self._dtype = flat.numel(), flat.dtype
+        self._n = flat.numel()
         self._bits = flat.new_empty((self._n + 7) // 8, dtype=torch.uint8)
         self._values = flat.new_empty(0)
         # Where each block's values begin, if the compiled kernels made them.
@@ -53,7 +53,7 @@ class Packed:
         counts = cpu.note_nonzero(flat, self._bits) if flat.is_cpu else None
         if counts is not None:
             self._starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-            self._count = self._starts[-1]
+            self._count: Tensor | None = self._starts[-1]
             return
         mask = _as_integers(flat) != 0
         self._bits.copy_(plain.pack_bits(mask))
@@ -64,11 +64,12 @@ class Packed:
 
     def settle(self) -> None:
         """Pack, or let the memory be where packing would not make it smaller; waits for the count."""
-        if self._flat is None or self._flat._version != self._version:
+        if self._flat is None or self._count is None or self._flat._version != self._version:
             return
         if self._arrived is not None:
             self._arrived.synchronize()
         flat, count = self._flat, int(self._count)
+        self._count = None
         if self._bits.numel() + count * flat.element_size() >= self._n * flat.element_size():
             self._bits = self._bits.new_empty(0)
             self._starts = None
