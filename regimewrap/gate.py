@@ -271,7 +271,8 @@ class TopKGate:
 
     def __repr__(self) -> str:
         ratio, scope = float(self.keep_ratio), self.policy.gate.scope
-        return f"TopKGate(keep_ratio={ratio:g}, scope={scope!r}, sites={len(self.sites)})"
+        fixed = "" if self.thresholds is None else f", thresholds={len(self.thresholds)}"
+        return f"TopKGate(keep_ratio={ratio:g}, scope={scope!r}, sites={len(self.sites)}{fixed})"
 
 
 class SiteGate:

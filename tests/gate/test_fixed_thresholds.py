@@ -68,6 +68,12 @@ def test_a_site_without_one_is_left_alone(model):
     torch.testing.assert_close(model(X), by_hand(model, X, 0.4, 0.0))
 
 
+def test_the_gate_shows_that_thresholds_are_in_force(model):
+    assert "thresholds" not in repr(gate_of(model))
+    gate_of(model).set_thresholds({"1": 0.4})
+    assert repr(gate_of(model)) == "TopKGate(keep_ratio=1, scope='sample', sites=2, thresholds=1)"
+
+
 def test_none_brings_the_selection_back(model):
     gate_of(model).set_keep_ratio(0.25)
     selected = model(X)
