@@ -90,7 +90,8 @@ def find(model: nn.Module) -> list[Activation]:
             continue
         kind = catalog.kind_of_module(module)
         if kind is None:
-            found.extend(_in_methods(path, module, registered))
+            if type(module).__name__ not in catalog.NORM_AND_ACTIVATION:  # a normalisation without its activation
+                found.extend(_in_methods(path, module, registered))
             continue
         label = type(module).__name__
         where = tuple(dropped[id(module)])

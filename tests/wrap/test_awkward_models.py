@@ -144,7 +144,7 @@ class Causal(UsesShared):
 
 
 def test_a_causal_model_with_sample_scope_is_warned_about():
-    with pytest.warns(UserWarning, match=r"comes later.*position"):
+    with pytest.warns(UserWarning, match=r"later tokens, frames.*position"):
         wrap(Causal())
     wrap(Causal(), RegimePolicy(gate=GatePolicy(scope="position")))
 
