@@ -124,8 +124,15 @@ class _Census(TorchFunctionMode):
             self._shapes.record(self._paths[id(module)], args, output)
         kind = catalog.kind_of_module(module)
         if kind is not None:
-            path = self._paths.get(id(module), type(module).__name__)
-            self._ran.append((Activation(path, type(module).__name__, kind, path), output))
+            label = type(module).__name__
+            path = self._paths.get(id(module))
+            if path is None and self._stack:  # made during the pass, by the code of the module around it
+                around = self._paths.get(id(self._stack[-1]), "")
+                made = Activation(f"{around}.{label}" if around else label, label, kind, around)
+                self._ran.append((made, output))
+            else:
+                path = path if path is not None else label
+                self._ran.append((Activation(path, label, kind, path), output))
 
     def escaped(self, policy: Any) -> Iterator[Activation]:
         planned, purpose = find(self._root), Purpose(self._root, self._shapes)
@@ -139,7 +146,12 @@ class _Census(TorchFunctionMode):
                 if each.method is not None
                 and each.module == activation.module
                 and each.call
-                and each.call.short == activation.label
+                and (each.call.short == activation.label or (_is_made(activation) and each.kind == activation.kind))
             ]
             if any(choose(policy, each, purpose)[0] for each in known or [activation]):
                 yield activation
+
+
+def _is_made(activation: Activation) -> bool:
+    """Say whether an activation that ran is a module that the tree of modules does not have."""
+    return activation.label[:1].isupper() and activation.name != activation.module

@@ -51,12 +51,17 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
     check(policy.sites, [activation.name for activation in found])
     purpose = Purpose(root, activation_shapes(root, example_inputs) if example_inputs is not None else None)
     choices = [choose(policy.sites, activation, purpose) for activation in found]
-    prepared = prepare(root, [each for each, (wanted, _) in zip(found, choices, strict=True) if wanted])
+    wanted = [activation for activation, (chosen, _) in zip(found, choices, strict=True) if chosen]
+    places = {each.name: site_for(policy, each, root) for each in wanted}
+    prepared = prepare(root, [each for each in wanted if places[each.name] is not None])
     rows = []
-    for activation, (wanted, why) in zip(found, choices, strict=True):
-        mechanism = prepared.mechanisms.get(activation.name)
-        site = site_for(policy, activation, root) if mechanism is not None else None
-        rows.append(Row(activation, mechanism, wanted, prepared.problems.get(activation.name, why), site))
+    for activation, (chosen, why) in zip(found, choices, strict=True):
+        name = activation.name
+        if chosen and places[name] is None:
+            why = "nothing tells which of its dimensions holds the channels; set gate.channel_dim"
+        mechanism = prepared.mechanisms.get(name)
+        site = places[name] if mechanism is not None else None
+        rows.append(Row(activation, mechanism, chosen, prepared.problems.get(name, why), site))
     return Plan(type(root).__name__, tuple(rows), prepared.rebindings)
 
 

@@ -6,6 +6,7 @@ or rewritten once for all instances of its class that read alike.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from torch import nn
 from regimewrap.rewrite.graph import GraphRecipe, NotTraceableError, trace_method
 from regimewrap.rewrite.guarded import GuardedRecipe
 from regimewrap.rewrite.rebind import NewMethod, Recipe
-from regimewrap.rewrite.source import NotRewritableError, SourceRecipe, rewritten
-from regimewrap.sites.calls import Call, Span
+from regimewrap.rewrite.source import NotRewritableError, Redirect, SourceRecipe, rewritten
+from regimewrap.sites.calls import Helper, Span
 from regimewrap.sites.finder import Activation, Method
 from regimewrap.sites.plan import Mechanism
 from regimewrap.sites.straight import prove
@@ -97,31 +98,80 @@ def _prepare_module(module: nn.Module, path: str, methods: dict[Method, _Edits],
     built: list[NewMethod] = []
     sites: list[str] = []
     for method, edit in methods.items():
-        indices = {each.call: len(sites) + place for place, each in enumerate(edit.called) if each.call is not None}
+        reached = _without_lost(edit.called, prepared.problems)
+        if not (reached or edit.kept):
+            continue
+        indices = {each.name: len(sites) + place for place, each in enumerate(reached)}
         try:
-            mechanism, recipe = _recipe(module, method, indices, tuple(edit.kept))
+            mechanism, recipe = _recipe(module, method, reached, indices, tuple(edit.kept))
         except NotRewritableError as error:
-            for each in edit.called:
+            for each in reached:
                 prepared.problems[each.name] = f"{method.name} cannot be rewritten: {error}"
             continue
         built.append(NewMethod(method.owner, method.name, recipe))
-        for each in edit.called:
+        for each in reached:
             sites.append(each.name)
             prepared.mechanisms[each.name] = mechanism
     if built:
         prepared.rebindings[path] = Rebinding(tuple(sites), tuple(built))
 
 
+def _without_lost(called: Sequence[Activation], problems: dict[str, str]) -> list[Activation]:
+    """Return what remains without the activations in plain functions that cannot be rewritten; note why for these."""
+    lost: set[str] = set()
+    anywhere = dict.fromkeys((each.name for each in called), 0)
+    for helper, inside in _by_helper(called, 0).items():
+        try:
+            redirect = _redirect(helper, inside, anywhere, 0)
+            rewritten(redirect.recipe, redirect.function)
+        except NotRewritableError as error:
+            why = f"it is in the function {helper.function.__name__}, which cannot be rewritten: {error}"
+            problems.update({each.name: why for each in inside})
+            lost.update(each.name for each in inside)
+    return [each for each in called if each.name not in lost]
+
+
+def _by_helper(called: Sequence[Activation], depth: int) -> dict[Helper, list[Activation]]:
+    groups: dict[Helper, list[Activation]] = defaultdict(list)
+    for each in called:
+        if len(each.through) > depth:
+            groups[each.through[depth]].append(each)
+    return groups
+
+
+def _redirect(helper: Helper, inside: Sequence[Activation], indices: Mapping[str, int], depth: int) -> Redirect:
+    function = helper.function
+    home: object = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        home = getattr(home, name, None)
+    if home is not function:
+        raise NotRewritableError(f"{function.__qualname__} is not at the top level of a module")
+    return Redirect(function, helper.spans, _source("", inside, indices, (), depth + 1))
+
+
+def _source(
+    owner: str, called: Sequence[Activation], indices: Mapping[str, int], kept: tuple[Span, ...], depth: int
+) -> SourceRecipe:
+    """Return the recipe of a method, or of the plain function that is called by way of ``depth`` of them."""
+    calls = {each.call: indices[each.name] for each in called if each.call is not None and len(each.through) == depth}
+    spans = tuple((call.span, index) for call, index in calls.items())
+    dropped = tuple(call.span for call in calls if call.target is not None)
+    relus = tuple(call.span for call in calls if call.relu)
+    redirects = (_redirect(each, inside, indices, depth) for each, inside in _by_helper(called, depth).items())
+    return SourceRecipe(owner, spans, (*kept, *dropped), relus, tuple(redirects))
+
+
 def _recipe(
-    module: nn.Module, method: Method, indices: dict[Call, int], kept: tuple[Span, ...]
+    module: nn.Module,
+    method: Method,
+    called: Sequence[Activation],
+    indices: Mapping[str, int],
+    kept: tuple[Span, ...],
 ) -> tuple[Mechanism, Recipe]:
     function: types.FunctionType = vars(method.owner)[method.name]
-    spans = tuple((call.span, index) for call, index in indices.items())
-    dropped = tuple(call.span for call in indices if call.target is not None)
-    relus = tuple(call.span for call in indices if call.relu)
-    source = SourceRecipe(method.owner.__name__, spans, (*kept, *dropped), relus)
+    source = _source(method.owner.__name__, called, indices, kept, 0)
     rewritten(source, function)  # a trace starts from it, and the proof is worth nothing if it fails
-    if not kept and getattr(type(module), method.name) is function:
+    if not kept and not source.redirects and getattr(type(module), method.name) is function:
         traced = _traced(module, method, function, source)
         if traced is not None:
             return "graph", traced

@@ -4,7 +4,7 @@ Branches, loops, randomness and mutation stay what they are: of the whole method
 ``self._regimewrap_gate(F.gelu(x), 0)``, and ``F.relu(x)`` ``self._regimewrap_relu(F.relu, x, 0)``. Closures,
 ``super()``, decorators, defaults, mangled names and the line numbers in tracebacks are kept. Before a method is touched
 its unchanged source is compiled and compared with the code that runs, so that a file that was edited meanwhile is
-noticed.
+noticed. A plain function that a method calls gets the same treatment in a copy, which the method calls instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from regimewrap.rewrite.rebind import GATE_METHOD, RELU_METHOD
-from regimewrap.sites.calls import Span, body_of, in_place_target, parse, span_of
+from regimewrap.sites.calls import Scope, Span, body_of, in_place_target, parse, span_of
 
 _FUTURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
+
+#: In the copy of a plain function: the module whose gates it calls, and the copies of functions that it calls in turn.
+_SELF = "_regimewrap_self"
+_COPY = "_regimewrap_copy_{}"
 
 _INCIDENTAL = {"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL"}
 
@@ -33,20 +37,37 @@ class NotRewritableError(Exception):
 
 
 @dataclass(frozen=True)
-class SourceRecipe:
-    """Which calls of a method go through the gate.
+class Redirect:
+    """A plain function of which a method calls a copy with gates in it; the function itself stays as it is.
 
     Attributes:
-        owner: name of the class that defines the method, for mangled names.
+        function: the function, at the top level of a module, so that a file can name it.
+        spans: where it is called.
+        recipe: what becomes of its own code. The copy takes the module whose gates it calls before all arguments.
+    """
+
+    function: types.FunctionType
+    spans: tuple[Span, ...]
+    recipe: SourceRecipe
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """Which calls of a method, or of a plain function, go through the gate.
+
+    Attributes:
+        owner: name of the class that defines the method, for mangled names; empty for a plain function.
         gated: where each call stands, with the index of its site gate.
         kept: where calls stand whose result the method drops because they work in place; it is assigned instead.
         relus: where calls stand, among ``gated``, of a ReLU that may be gated on its input.
+        redirects: the plain functions that are called in a copy with gates.
     """
 
     owner: str
     gated: tuple[tuple[Span, int], ...]
     kept: tuple[Span, ...] = ()
     relus: tuple[Span, ...] = ()
+    redirects: tuple[Redirect, ...] = ()
 
     def build(self, original: types.FunctionType) -> types.FunctionType:
         """Return the rewritten function, inside the same decorators.
@@ -60,12 +81,19 @@ class SourceRecipe:
             raise NotRewritableError("it has no readable source")
         if not _same(_compile(tree, function, self.owner), function.__code__):
             raise NotRewritableError("its source is not the code that runs (was the file edited after the import?)")
-        rewriter = _Rewriter(self, function.__code__.co_varnames[0])
+        rewriter = _Rewriter(self, function.__code__.co_varnames[0] if self.owner else _SELF)
         edited = rewriter.visit(copy.deepcopy(tree))
-        if rewriter.gated or rewriter.kept:
+        if rewriter.gated or rewriter.kept or rewriter.redirected:
             raise NotRewritableError("its source has changed since the plan was made")
-        code = _compile(edited, function, self.owner)
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        if not self.owner:
+            _require_passing_on(original)
+            edited.args.posonlyargs.insert(0, ast.copy_location(ast.arg(_SELF), edited))
+        copies = {
+            _COPY.format(place): types.CellType(rewritten(each.recipe, each.function))
+            for place, each in enumerate(self.redirects)
+        }
+        code = _compile(edited, function, self.owner, tuple(copies))
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)) | copies
         closure = tuple(cells[name] for name in code.co_freevars)
         new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
         new.__kwdefaults__ = function.__kwdefaults__
@@ -83,13 +111,21 @@ class _Rewriter(ast.NodeTransformer):
         self.gated = dict(recipe.gated)
         self.kept = set(recipe.kept)
         self._relus = set(recipe.relus)
+        self.redirected = {
+            span: _COPY.format(place) for place, each in enumerate(recipe.redirects) for span in each.spans
+        }
         self._self = self_name
         self._depth = 0
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         span = span_of(node)
         index = self.gated.pop(span, None)
+        name = self.redirected.pop(span, None)
         self.generic_visit(node)
+        if name is not None:
+            node.func = ast.Name(name, ast.Load())
+            node.args.insert(0, ast.Name(self._self, ast.Load()))
+            return ast.fix_missing_locations(node)
         if index is None:
             return node
         arguments: list[ast.expr] = [node]
@@ -141,9 +177,12 @@ class _Rewriter(ast.NodeTransformer):
         return result
 
 
-def _compile(tree: ast.FunctionDef, function: types.FunctionType, owner: str) -> types.CodeType:
-    """Compile a method's tree in a place like its own: in a class, with the same free variables, at the same lines."""
-    outer = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
+def _compile(
+    tree: ast.FunctionDef, function: types.FunctionType, owner: str, more: tuple[str, ...] = ()
+) -> types.CodeType:
+    """Compile a tree in a place like its own: in a class, with the same free variables and some more, at its lines."""
+    owner = owner or "_"  # in a class of this name nothing is mangled
+    outer = ", ".join(name for name in (*function.__code__.co_freevars, *more) if name != "__class__")
     home = ast.parse(f"def factory({outer}):\n class {owner}:\n  pass")
     method = copy.deepcopy(tree)
     method.decorator_list = []
@@ -195,6 +234,35 @@ def _in_decorators(outer: types.FunctionType, inner: types.FunctionType, new: ty
     copied.__kwdefaults__ = outer.__kwdefaults__
     copied.__dict__.update(outer.__dict__, __wrapped__=replaced)
     return copied
+
+
+def _require_passing_on(function: types.FunctionType) -> None:
+    """Refuse decorators that could lose a further first argument, or call something else than the function below.
+
+    Raises:
+        NotRewritableError: not every decorator certainly calls what is below with all arguments that it gets.
+    """
+    while isinstance(below := getattr(function, "__wrapped__", None), types.FunctionType):
+        if not _passes_on(function, below):
+            raise NotRewritableError(
+                f"a decorator ({function.__code__.co_qualname}) may call something else, such as a fused kernel"
+            )
+        function = below
+
+
+def _passes_on(wrapper: types.FunctionType, below: types.FunctionType) -> bool:
+    tree = parse(wrapper)
+    if tree is None or tree.args.vararg is None or wrapper.__code__.co_argcount or wrapper.__code__.co_kwonlyargcount:
+        return False
+    stars, scope = tree.args.vararg.arg, Scope(wrapper)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _starred(node, stars)]
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == stars]
+    return bool(calls) and len(uses) == len(calls) and all(scope.value_of(node.func) is below for node in calls)
+
+
+def _starred(node: ast.Call, name: str) -> bool:
+    first = node.args[0] if node.args else None
+    return isinstance(first, ast.Starred) and isinstance(first.value, ast.Name) and first.value.id == name
 
 
 def _holds(cell: types.CellType, value: object) -> bool:

@@ -1,5 +1,6 @@
 """Activations called as functions: where a method's own code says ``F.relu(x)`` or ``x.relu()``.
 
+The plain functions that a method calls count as its code too: ``find_helpers`` names those that lead to activations.
 Reads source; runs none of the user's code.
 """
 
@@ -9,9 +10,11 @@ import ast
 import builtins
 import functools
 import inspect
+import re
 import types
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -40,7 +43,8 @@ class Call:
     ``text`` is the callee as written (``F.relu``); ``span`` the call's first line, column, last line and column in the
     method's source, whose first line is 1. ``dropped`` says that the method drops the result, which has an effect only
     if the call works in place; ``target`` is then the local name that it works on, if that is certain. ``relu`` says
-    that the callee is a ReLU, certainly called to make a new tensor of one argument.
+    that the callee is a ReLU, certainly called to make a new tensor of one argument; ``factor`` that the call's result
+    only multiplies something, and its argument may be left out: ``out * F.silu(z)`` where ``z`` is ``None`` by default.
     """
 
     text: str
@@ -49,11 +53,21 @@ class Call:
     dropped: bool = False
     target: str | None = None
     relu: bool = False
+    factor: bool = False
 
     @property
     def short(self) -> str:
         """The last part of the callee's name."""
-        return self.text.rpartition(".")[2].partition("[")[0]
+        return re.sub(r"\[[^]]*\]|\([^)]*\)", "", self.text).rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A plain function that code calls, and where; ``arguments`` are those that it is certainly called with."""
+
+    function: types.FunctionType
+    spans: tuple[Span, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def span_of(node: ast.expr | ast.stmt) -> Span:
@@ -112,10 +126,16 @@ def _own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
 class Scope:
     """What a method's names mean, as far as that is known without running it."""
 
-    def __init__(self, function: types.FunctionType, module: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        function: types.FunctionType,
+        module: nn.Module | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         code = function.__code__
         self.function = function
         self.module = module
+        self.arguments = arguments
         self.locals = set(code.co_varnames) | set(code.co_cellvars)
         self.self_name = code.co_varnames[0] if code.co_argcount else None
         self._closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
@@ -171,7 +191,10 @@ def in_evaluation_order(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def find_calls(
-    function: types.FunctionType, module: nn.Module | None, registered: Set[int] = frozenset()
+    function: types.FunctionType,
+    module: nn.Module | None,
+    registered: Set[int] = frozenset(),
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Call]:
     """Return the activation calls in one function's own code.
 
@@ -179,6 +202,7 @@ def find_calls(
         function: a method's function, or a plain one.
         module: for a method an instance, so that ``self.act(x)`` can be looked up.
         registered: ids of the modules that hooks reach; a call of any other activation module counts as a call here.
+        arguments: what a plain function is certainly called with.
     """
     function = body_of(function)
     held = held_activations(module) if module is not None else set()
@@ -193,14 +217,16 @@ def find_calls(
             for name, kind in sorted(kinds.items())
             if kind and (module is None or name not in module._modules)
         ]
-    scope = Scope(function, module)
+    scope = Scope(function, module, arguments)
+    factors = _factors(function)
     found = []
     for node, dropped in _call_nodes(function):
         kind = _kind(node, scope, registered)
         if kind is not None:
             target = in_place_target(node) if dropped and _works_in_place(node) else None
             relu = _is_plain_relu(node, scope) and not dropped
-            found.append(Call(ast.unparse(node.func), kind, span_of(node), dropped, target, relu))
+            span = span_of(node)
+            found.append(Call(ast.unparse(node.func), kind, span, dropped, target, relu, span in factors))
     return found + [Call("swish", "silu", span_of(node)) for node in _swishes(function)]
 
 
@@ -237,25 +263,159 @@ def _product(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
     return []
 
 
-@functools.lru_cache(maxsize=4096)
-def find_helpers(function: types.FunctionType) -> tuple[types.FunctionType, ...]:
-    """Return the plain functions that a method calls by name and that call an activation themselves."""
+def find_helpers(
+    function: types.FunctionType, module: nn.Module | None, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> list[Helper]:
+    """Return the plain functions that code calls by name and that lead to an activation.
+
+    Args:
+        function: a method's function, or a plain one.
+        module: for a method an instance.
+        arguments: what a plain function is certainly called with.
+    """
     function = body_of(function)
-    known = (function.__globals__.get(name) for name in function.__code__.co_names)
-    if not any(_is_helper(value) for value in known):
+    scope = Scope(function, module, arguments)
+    return [
+        Helper(helper, tuple(map(span_of, nodes)), _same_arguments(helper, nodes, scope))
+        for helper, nodes in _helper_nodes(function)
+    ]
+
+
+#: From a method through so many functions an activation is followed; utilities far below are not its code any more.
+_DEPTH = 3
+
+
+@functools.lru_cache(maxsize=4096)
+def _helper_nodes(function: types.FunctionType) -> tuple[tuple[types.FunctionType, tuple[ast.Call, ...]], ...]:
+    if not any(_is_helper(each, _DEPTH - 1) for each in _named(function)):
         return ()
     scope = Scope(function)
-    callees = {id(value): value for node, _ in _call_nodes(function) if _is_helper(value := scope.value_of(node.func))}
-    return tuple(callees.values())
+    nodes: dict[types.FunctionType, list[ast.Call]] = {}
+    for node, _ in _call_nodes(function):
+        callee = scope.value_of(node.func)
+        if _is_helper(callee, _DEPTH - 1):
+            nodes.setdefault(callee, []).append(node)
+    return tuple((helper, tuple(each)) for helper, each in nodes.items())
 
 
-def _is_helper(value: Any) -> bool:
+def _is_helper(value: Any, depth: int) -> bool:
     return (
         isinstance(value, types.FunctionType)
-        and value.__module__.partition(".")[0] != "torch"
+        and (value.__module__ or "").partition(".")[0] != "torch"
         and catalog.kind_of_function(value) is None
-        and _names_activation(body_of(value))
+        and _reaches_activation(value, depth)
     )
+
+
+@functools.lru_cache(maxsize=8192)
+def _reaches_activation(function: types.FunctionType, depth: int) -> bool:
+    body = body_of(function)
+    return _names_activation(body) or (depth > 0 and any(_is_helper(each, depth - 1) for each in _named(body)))
+
+
+def _named(function: types.FunctionType) -> list[Any]:
+    """Return the globals and closed-over values that code may mean, those of modules that it names among them."""
+    scope, names = Scope(function), _names(function.__code__)
+    values = [scope.value_of(ast.Name(name, ast.Load())) for name in names]
+    modules = [vars(each) for each in values if isinstance(each, types.ModuleType) and each.__name__ != "torch"]
+    return values + [module[name] for module in modules for name in names if name in module]
+
+
+@functools.lru_cache(maxsize=4096)
+def calls_itself(function: types.FunctionType) -> bool:
+    """Say whether a plain function calls itself, perhaps by way of others, as far as ``find_helpers`` follows."""
+    seen: set[types.FunctionType] = set()
+    ahead = [function]
+    while ahead:
+        for callee, _ in _helper_nodes(body_of(ahead.pop())):
+            if callee is function:
+                return True
+            if callee not in seen:
+                seen.add(callee)
+                ahead.append(callee)
+    return False
+
+
+def _same_arguments(helper: types.FunctionType, nodes: Sequence[ast.Call], scope: Scope) -> dict[str, Any]:
+    """Return the plain arguments of a function that are known, and the same in each of its calls."""
+    code = body_of(helper).__code__
+    names = code.co_varnames[: code.co_argcount]
+    defaults = dict(zip(reversed(names), reversed(body_of(helper).__defaults__ or ()), strict=False))
+    defaults |= body_of(helper).__kwdefaults__ or {}
+    calls = []
+    for node in nodes:
+        if any(isinstance(each, ast.Starred) for each in node.args):
+            return {}
+        given = dict(zip(names, node.args, strict=False))
+        given |= {each.arg: each.value for each in node.keywords if each.arg is not None}
+        open_ended = any(each.arg is None for each in node.keywords)
+        values = {} if open_ended else dict(defaults)
+        calls.append(values | {name: constant_of(value, scope) for name, value in given.items()})
+    first, *others = calls
+    return {
+        name: value
+        for name, value in first.items()
+        if type(value) in (str, int, bool) and all(other.get(name) == value for other in others)
+    }
+
+
+def constant_of(node: ast.expr, scope: Scope) -> Any:
+    """Return a constant, the value of an argument that is certainly given, or of an attribute; else ``UNKNOWN``."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in scope.arguments and node.id not in _assigned(scope.function):
+        return scope.arguments[node.id]
+    return scope.value_of(node)
+
+
+@functools.lru_cache(maxsize=4096)
+def _assigned(function: types.FunctionType) -> frozenset[str]:
+    """Return the names that code assigns to."""
+    tree = parse(function)
+    nodes = ast.walk(tree) if tree is not None else ()
+    return frozenset(each.id for each in nodes if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load))
+
+
+@functools.lru_cache(maxsize=4096)
+def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]:
+    """Return where activations of optional arguments are called and at once multiplied with something, and of which.
+
+    What a function hands on as such an argument counts too: the same gate is often applied here or there.
+    """
+    tree = parse(function)
+    if tree is None:
+        return {}
+    named = [*tree.args.posonlyargs, *tree.args.args]
+    pairs = [*zip(reversed(named), reversed(tree.args.defaults), strict=False)]
+    pairs += [(name, value) for name, value in zip(tree.args.kwonlyargs, tree.args.kw_defaults, strict=True) if value]
+    optional = {name.arg for name, value in pairs if isinstance(value, ast.Constant) and value.value is None}
+    for helper, nodes in _helper_nodes(function) if depth else ():
+        for parameter in set(_factors(body_of(helper), depth - 1).values()):
+            given = [argument_at(function, span_of(node), parameter) for node in nodes]
+            handed = {_root_name(each.body if isinstance(each, ast.IfExp) else each) for each in given if each}
+            optional |= {each for each in handed if each is not None and each != function.__code__.co_varnames[0]}
+    sides: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            sides += [node.left, node.right]
+        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Mult):
+            sides.append(node.value)
+    scope = Scope(function)
+    calls = [each for each in sides if isinstance(each, ast.Call) and len(each.args) == 1]
+    roots = {span_of(each): _root_name(each.args[0]) for each in calls if _may_activate(each, scope)}
+    return {span: root for span, root in roots.items() if root in optional}
+
+
+def _may_activate(node: ast.Call, scope: Scope) -> bool:
+    """Say whether a call is one of an activation, as far as can be said without an instance."""
+    return isinstance(node.func, ast.Subscript) or _kind(node, scope, frozenset()) is not None
+
+
+def _root_name(node: ast.expr) -> str | None:
+    """Return ``z`` of ``z``, ``z[..., 0]`` and ``z.to(dtype)``."""
+    while isinstance(node, ast.Call | ast.Attribute | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def find_dropped(function: types.FunctionType, module: nn.Module) -> list[tuple[ast.Call, nn.Module]]:
@@ -306,11 +466,71 @@ def _last_value(function: types.FunctionType, node: ast.expr) -> ast.expr:
     assigned = [
         each
         for each in ast.walk(tree)
-        if isinstance(each, ast.Assign)
-        and each.lineno < node.lineno
-        and [target.id for target in each.targets if isinstance(target, ast.Name)] == [node.id]
+        if isinstance(each, ast.Assign) and (each.end_lineno or 0) < node.lineno and _assigns(each, node.id)
     ]
     return max(assigned, key=lambda each: each.lineno).value if assigned else node
+
+
+def _assigns(statement: ast.Assign, name: str) -> bool:
+    """Say whether a statement gives a name its value, or a part of it that has the same dimensions."""
+    for target in statement.targets:
+        if isinstance(target, ast.Name) and target.id == name:
+            return True
+        parts = target.elts if isinstance(target, ast.Tuple) and _method(statement.value) in SPLITTING else []
+        if any(isinstance(part, ast.Name) and part.id == name for part in parts):
+            return True
+    return False
+
+
+#: Tensor methods that return parts along one dimension.
+SPLITTING = ("chunk", "split", "tensor_split")
+_KEEPING = ("to", "float", "half", "double", "bfloat16", "type_as", "contiguous", "clone", "detach")
+
+
+def _method(node: ast.expr) -> str:
+    """Return the name of the method that an expression calls, or an empty one."""
+    return node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+
+
+def made_by(function: types.FunctionType, node: ast.expr) -> ast.expr:
+    """Return the expression that a value comes from, through names, casts and slices that keep all dimensions."""
+    function = body_of(function)
+    for _ in range(20):
+        node = _last_value(function, node)
+        if isinstance(node, ast.Subscript):
+            slices = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            if not all(isinstance(each, ast.Slice) for each in slices):
+                break
+            node = node.value
+        elif _method(node) in _KEEPING:
+            node = node.func.value  # type: ignore[attr-defined]
+        elif not isinstance(node, ast.Name) or node.id not in _assigned(function):
+            break
+    return node
+
+
+def argument_at(function: types.FunctionType, span: Span, name: str | None = None) -> ast.expr | None:
+    """Return an argument of the call at a place: the first one (or the tensor whose method it is), or one by name.
+
+    Args:
+        function: whose code it is.
+        span: where the call stands.
+        name: of an argument of the plain function that is called; else the first is meant.
+    """
+    function = body_of(function)
+    call = next((node for node, _ in _call_nodes(function) if span_of(node) == span), None)
+    if call is None:
+        return None
+    if name is not None:
+        callee = Scope(function).value_of(call.func)
+        code = body_of(callee).__code__ if isinstance(callee, types.FunctionType) else None
+        named = dict(zip(code.co_varnames[: code.co_argcount], call.args, strict=False)) if code else {}
+        named |= {each.arg: each.value for each in call.keywords if each.arg is not None}
+        found = named.get(name)
+        return None if isinstance(found, ast.Starred) else found
+    if call.args:
+        return call.args[0]
+    return call.func.value if isinstance(call.func, ast.Attribute) else None
 
 
 def in_place_target(node: ast.Call) -> str | None:
@@ -346,20 +566,39 @@ def _kind(node: ast.Call, scope: Scope, registered: Set[int]) -> str | None:
         if isinstance(node.func, ast.Attribute) and scope.value_of(node.func.value) is UNKNOWN:
             return catalog.TENSOR_METHODS.get(node.func.attr)
         if isinstance(node.func, ast.Subscript):
-            return _kind_held(scope.value_of(node.func.value))
+            return _kind_held(scope.value_of(node.func.value), constant_of(node.func.slice, scope))
+        if isinstance(node.func, ast.Call):  # nn.ReLU()(x)
+            return catalog.kind_of_class(scope.value_of(node.func.func))
         return None
     if isinstance(value, nn.Module):
         return None if id(value) in registered or not registered else catalog.kind_of_module(value)
     return catalog.kind_of_function(value)
 
 
-def _kind_held(container: Any) -> str | None:
-    """Return the kind of the activation functions in a plain list or dict, if that is all there is in it."""
-    values = list(container.values()) if type(container) is dict else container
-    if type(values) not in (list, tuple) or not values:
+def _kind_held(container: Any, key: Any = UNKNOWN) -> str | None:
+    """Return the kind of what a list or dict gives for a key, or for every key, if that is an activation function."""
+    if isinstance(container, dict):
+        values = [dict.__getitem__(container, key)] if _has(container, key) else list(dict.values(container))
+    elif type(container) in (list, tuple):
+        values = list(container)
+    else:
         return None
-    kinds = {None if isinstance(value, nn.Module) else catalog.kind_of_function(value) for value in values}
+    # A dictionary with a __getitem__ of its own may make what it returns, as Hugging Face's ACT2FN does of classes.
+    makes = isinstance(container, dict) and type(container).__getitem__ is not dict.__getitem__
+    kinds = {_kind_of_item(value, makes) for value in values}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def _has(container: dict[Any, Any], key: Any) -> bool:
+    return type(key) in (str, int, bool) and dict.__contains__(container, key)
+
+
+def _kind_of_item(value: Any, makes: bool) -> str | None:
+    if makes:
+        value = value[0] if type(value) is tuple and value else value  # a class with its arguments
+        if isinstance(value, type):
+            return catalog.kind_of_class(value)
+    return None if isinstance(value, nn.Module) else catalog.kind_of_function(value)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -385,10 +624,13 @@ def held_activations(module: nn.Module) -> Set[str]:
     return held | {"activation"} if isinstance(module, TORCH_LAYERS) else held
 
 
-def _holds_activation(value: Any) -> bool:
-    if type(value) in (list, tuple, dict):
-        values = value.values() if isinstance(value, dict) else value
-        return any(_holds_activation(each) for each in values)
+def _holds_activation(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, dict) and depth:
+        makes = type(value).__getitem__ is not dict.__getitem__
+        values = list(dict.values(value))
+        return any(_kind_of_item(each, makes) is not None or _holds_activation(each, depth - 1) for each in values)
+    if type(value) in (list, tuple) and depth:
+        return any(_holds_activation(each, depth - 1) for each in value)
     if isinstance(value, nn.Module):
         return catalog.kind_of_module(value) is not None
     return callable(value) and catalog.kind_of_function(value) is not None

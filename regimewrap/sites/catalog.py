@@ -178,6 +178,13 @@ def _is_per_channel(parameter: nn.Parameter) -> bool:
     return sum(size > 1 for size in parameter.shape) <= 1
 
 
+def kind_of_class(cls: Any) -> str | None:
+    """Return the family of the activation module that calling a class gives, or ``None`` for anything else."""
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        return None
+    return next((MODULES[home] for home in cls.__mro__ if home in MODULES), None) or kind_of_name(cls.__name__)
+
+
 def _kind_after_norm(module: nn.Module) -> str | None:
     kind = NORM_AND_ACTIVATION[type(module).__name__]
     if kind is None:

@@ -14,7 +14,7 @@ from regimewrap.policy import RegimePolicy, SitePolicy
 from regimewrap.settings import nearest
 from regimewrap.sites.catalog import KINDS
 from regimewrap.sites.finder import Activation
-from regimewrap.sites.layout import channel_dim
+from regimewrap.sites.layout import channel_dim_of
 from regimewrap.sites.purpose import Purpose
 
 
@@ -42,12 +42,17 @@ def choose(policy: SitePolicy, activation: Activation, purpose: Purpose) -> tupl
     return True, f"a hidden {activation.kind}{purpose.note(activation)}"
 
 
-def site_for(policy: RegimePolicy, activation: Activation, model: nn.Module) -> Site:
-    """Return an activation's place under the gate: its multiplier and, for position scope, its channel dimension."""
+def site_for(policy: RegimePolicy, activation: Activation, model: nn.Module) -> Site | None:
+    """Return an activation's place under the gate: its multiplier and, for position scope, its channel dimension.
+
+    ``None`` if nothing tells that dimension and the last one is no good guess: in a plain function.
+    """
     dim: int | None = None
     if policy.gate.scope == "position":
         asked = policy.gate.channel_dim
-        dim = channel_dim(model, activation.module) if asked == "auto" else asked
+        dim = channel_dim_of(model, activation) if asked == "auto" else asked
+        if dim is None and activation.through:
+            return None
     scales = policy.sites.multipliers.items()
     scale = next((value for pattern, value in scales if fnmatch.fnmatchcase(activation.name, pattern)), 1.0)
     return Site(activation.name, activation.kind, scale, dim)

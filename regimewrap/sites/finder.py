@@ -15,8 +15,10 @@ from regimewrap.sites.calls import (
     NOWHERE,
     TORCH_LAYERS,
     Call,
+    Helper,
     Span,
     body_of,
+    calls_itself,
     find_calls,
     find_dropped,
     find_helpers,
@@ -46,6 +48,7 @@ class Activation:
         module: dotted name of the module that it is, or that calls it.
         method: the calling method; ``None`` for a module.
         call: the call itself, for a call.
+        through: the plain functions by way of which the method makes the call, outermost first.
         node: name of the graph's node, for a call in a ``GraphModule``.
         dropped: where methods call a module on a line of its own, for what it does in place.
         problem: why no mechanism can reach it, if that is known already.
@@ -57,6 +60,7 @@ class Activation:
     module: str
     method: Method | None = None
     call: Call | None = None
+    through: tuple[Helper, ...] = ()
     node: str | None = None
     dropped: tuple[tuple[Method, Span], ...] = ()
     problem: str | None = None
@@ -147,20 +151,28 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int]) -> Iterator[
                 call,
                 problem=_problem(name, call),
             )
-        yield from _in_helpers(place, path, name, function)
+        yield from _in_helpers(place, Method(path, owner, name), function, module)
 
 
-def _in_helpers(place: str, path: str, name: str, function: FunctionType) -> Iterator[Activation]:
-    """Find activations in the plain functions that a method calls; nothing reaches them there."""
-    for helper in find_helpers(function):
-        for call in find_calls(helper, None):
-            yield Activation(
-                f"{place}.{helper.__name__}.{call.short}",
-                call.text,
-                call.kind,
-                path,
-                problem=f"it is in the function {helper.__name__}, which {name} calls; call it in the method itself",
-            )
+def _in_helpers(
+    place: str, method: Method, function: FunctionType, module: nn.Module | None, through: tuple[Helper, ...] = ()
+) -> Iterator[Activation]:
+    """Find activations in the plain functions that a method calls, and in those that these call."""
+    arguments = through[-1].arguments if through else {}
+    for helper in find_helpers(function, module, arguments):
+        if helper.function in [each.function for each in through]:
+            continue  # its activations are listed once
+        inside, way = f"{place}.{helper.function.__name__}", (*through, helper)
+        counts: Counter[str] = Counter()
+        for call in find_calls(helper.function, None, arguments=helper.arguments):
+            counts[call.short] += 1
+            suffix = f"_{counts[call.short]}" if counts[call.short] > 1 else ""
+            name = f"{inside}.{call.short}{suffix}"
+            problem = _problem(helper.function.__name__, call)
+            if any(calls_itself(each.function) for each in way):
+                problem = f"the function {helper.function.__name__} calls itself, or one that calls it does"
+            yield Activation(name, call.text, call.kind, method.module, method, call, way, problem=problem)
+        yield from _in_helpers(inside, method, helper.function, None, way)
 
 
 def _problem(method: str, call: Call) -> str | None:

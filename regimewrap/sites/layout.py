@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import types
+
+import torch.nn.functional as F
 from torch import nn
 
-from regimewrap.sites.calls import called_with, own_methods
+from regimewrap.sites.calls import (
+    SPLITTING,
+    UNKNOWN,
+    Scope,
+    argument_at,
+    body_of,
+    called_with,
+    made_by,
+    own_methods,
+)
+from regimewrap.sites.finder import Activation
 
 _FIRST = (
     nn.modules.conv._ConvNd,
@@ -12,7 +26,53 @@ _FIRST = (
     nn.GroupNorm,
     nn.LocalResponseNorm,
 )
+_FIRST_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.instance_norm, F.group_norm)
+_LAST_FUNCTIONS = (F.linear, F.bilinear, F.embedding, F.layer_norm, F.rms_norm)
 _LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+
+
+def channel_dim_of(model: nn.Module, activation: Activation) -> int | None:
+    """Return the channel dimension of an activation, or ``None`` if nothing tells.
+
+    For a call the code that makes its argument is asked first: ``F.silu(F.conv1d(...))``, in the method or in the plain
+    functions by way of which it is made.
+    """
+    if activation.call is not None and activation.method is not None:
+        function = vars(activation.method.owner)[activation.method.name]
+        frames = [function, *(each.function for each in activation.through)]
+        argument = argument_at(frames[-1], activation.call.span)
+        if argument is not None:
+            dim = _of_value(model.get_submodule(activation.module), activation, frames, argument)
+            if dim is not None:
+                return dim
+    return channel_dim(model, activation.module)
+
+
+def _of_value(
+    module: nn.Module, activation: Activation, frames: list[types.FunctionType], value: ast.expr
+) -> int | None:
+    """Follow a value to the layer that makes it: in the last of some functions, and on in those that call it."""
+    function = body_of(frames[-1])
+    value = made_by(function, value)
+    if isinstance(value, ast.Name) and len(frames) > 1:
+        spans = activation.through[len(frames) - 2].spans
+        given = [argument_at(frames[-2], span, value.id) for span in spans]
+        dims = {None if each is None else _of_value(module, activation, frames[:-1], each) for each in given}
+        return dims.pop() if len(dims) == 1 else None
+    if not isinstance(value, ast.Call):
+        return None
+    callee = Scope(function, module if len(frames) == 1 else None).value_of(value.func)
+    if callee is UNKNOWN and isinstance(value.func, ast.Attribute) and value.func.attr in SPLITTING:
+        # What is split into features is split along the channels.
+        along = [each.value for each in value.keywords if each.arg == "dim"] or value.args[1:2]
+        return ast.literal_eval(along[0]) if along and ast.unparse(along[0]) in ("1", "-1") else None
+    if isinstance(callee, nn.Module):
+        return _of(callee)
+    return (
+        1
+        if any(callee is each for each in _FIRST_FUNCTIONS)
+        else (-1 if any(callee is each for each in _LAST_FUNCTIONS) else None)
+    )
 
 
 def channel_dim(model: nn.Module, path: str) -> int | None:

@@ -71,6 +71,8 @@ class Purpose:
 
     def left_alone(self, activation: Activation) -> str | None:
         """Return why an activation is to be left alone, in words, or ``None`` if it makes hidden features."""
+        if activation.call is not None and activation.call.factor:
+            return "it scales something, by an argument that may be left out"
         calls = self._calls(activation)
         if calls:
             origins = {self._flow.origin(path, node) for path, node in calls}
@@ -114,7 +116,7 @@ class Purpose:
         if graph is None or activation.call is None:
             return []
         short, found = activation.call.short, [node for node in graph.nodes if name_of(node) == activation.call.short]
-        if found and activation.method is not None and len(found) == _count(activation.method, short):
+        if found and activation.method and not activation.through and len(found) == _count(activation.method, short):
             place = activation.name.rpartition(f".{short}_")[2]
             found = [found[int(place) - 1 if place.isdigit() else 0]]
         # Otherwise some branch was not taken, or a method runs twice: all calls of that name have to be alike.

@@ -573,14 +573,7 @@ NOT_CACHEABLE = {
 #: Architectures whose library holds one activation object for all models.
 SHARING = ("OpenAIGPTLMHeadModel", "XLMWithLMHeadModel")
 #: What does not hold yet, by test and architecture, and why.
-FAILING: dict[tuple[str, str], str] = {
-    **{
-        (check, name): "its activations are in functions that its methods call, where no mechanism reaches"
-        for check in ("wrap", "prefix", "generate")
-        for name in STATE_SPACES.keys() - {"RwkvForCausalLM", "Lfm2ForCausalLM", "RecurrentGemmaForCausalLM"}
-        if not (name == "xLSTMForCausalLM" or (name == "Qwen3NextForCausalLM" and check != "wrap"))
-    },
-}
+FAILING: dict[tuple[str, str], str] = {}
 
 
 def examples(check: str, names: Collection[str], without: Collection[str] = ()) -> list[Any]:
