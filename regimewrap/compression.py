@@ -52,12 +52,15 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
     On the CPU packing is compiled if the extra ``fast`` is installed. On a GPU the host waits for the number of values
     of each activation, two activations behind the device, so the device does not run dry. Compiled code and the inside
     of a checkpoint keep what they keep. The block counts for the thread that entered it; blocks nest, also for several
-    models.
+    models. ``torch.func.grad`` and its kin do not work with such hooks, and torch says so.
 
     Raises:
         NotWrappedError: the model is not wrapped.
         WrapError: several wrapped models are inside ``model``.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     gate = gate_of(model)
     outermost = getattr(_ACTIVE, "keeper", None) is None
     keeper: _Keeper = _Keeper() if outermost else _ACTIVE.keeper

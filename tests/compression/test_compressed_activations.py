@@ -461,6 +461,24 @@ def test_a_compiled_model_keeps_its_gradients_inside_the_block():
     torch.compiler.reset()
 
 
+def test_a_block_inside_compiled_code_leaves_what_that_keeps_alone():
+    model = wrapped()
+    compiled = torch.compile(inside(model), backend="aot_eager", fullgraph=True)
+    assert_same_bits(run(model, images(), compiled), run(model, images()))
+    torch.compiler.reset()
+
+
+def test_a_model_under_ddp_is_found_and_gives_the_same_gradients(tmp_path):
+    model = wrapped()
+    expected = run(model, images())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        assert_same_bits(run(model, images(), inside(parallel)), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_without_gradients_nothing_is_done():
     model = wrapped()
     with torch.no_grad(), compressed_activations(model):
