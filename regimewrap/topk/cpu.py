@@ -90,6 +90,70 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
     return _share(run, outer, step, x.numel())
 
 
+def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str) -> bool:
+    """Write the units of ``x`` that reach a threshold to ``y``, and zero elsewhere.
+
+    Args:
+        x: on the CPU, any strides, at least one element.
+        y: ``torch.empty_like(x)``.
+        bits: as for ``gate``.
+        threshold: 0-d, on the CPU; rounded to the dtype of ``x``.
+        score: "magnitude", or "positive" for the magnitude after a ReLU, which is then applied.
+
+    Returns:
+        False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
+    """
+    kernels = _kernels(x)
+    if kernels is None:
+        return False
+    integer, infinity = _INTEGERS[x.dtype]
+    if x.stride() != y.stride() or x.is_neg():
+        x = torch.empty_like(y).copy_(x)
+    source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
+    scalar = source.dtype.type
+    pivot = scalar(threshold.to(x.dtype).view(integer).item())
+    settings = (pivot, _SCORES[score], scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1))
+
+    def run(start: int, stop: int) -> None:
+        kernels.cut(source, result, packed, start, stop, *settings)
+
+    return _share(run, source.size, 8, source.size)
+
+
+def count(x: Tensor, counts: Tensor, after_relu: bool, shift: int) -> bool:
+    """Add the magnitudes of ``x`` to a histogram of the top bits of their floats.
+
+    Args:
+        x: float32, on the CPU, any strides, at least one element.
+        counts: int64, one bin for each pattern of the top bits from zero to infinity. NaN is not counted.
+        after_relu: count ``relu(x)`` instead.
+        shift: low bits that a bin leaves open.
+
+    Returns:
+        False if no kernel serves this tensor; ``counts`` is then as it was.
+    """
+    kernels = _kernels(x)
+    if kernels is None or x.numel() >= 1 << 32:  # more than a kernel counts
+        return False
+    dense = torch.empty_like(x)
+    if x.stride() != dense.stride() or x.is_neg():
+        x = dense.copy_(x)
+    integer, infinity = _INTEGERS[x.dtype]
+    source, parts = _flat(x, integer), []
+    scalar = source.dtype.type
+    score = _SCORES["positive" if after_relu else "magnitude"]
+    settings = (score, scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1), shift)
+
+    def run(start: int, stop: int) -> None:
+        parts.append(kernels.count(source, start, stop, *settings))
+
+    if not _share(run, source.size, 1, source.size):
+        return False
+    for part in parts:
+        counts += torch.from_numpy(part)
+    return True
+
+
 def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
     """Write ``grad`` to ``out`` where a bit is set, and zero elsewhere.
 

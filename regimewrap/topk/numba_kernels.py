@@ -21,6 +21,7 @@ if getattr(numba.config, "DISABLE_JIT", False):
 
 int32: Any = np.int32
 int64: Any = np.int64
+uint32: Any = np.uint32
 uint64: Any = np.uint64
 float64: Any = np.float64
 
@@ -30,6 +31,8 @@ MAGNITUDE, VALUE, POSITIVE = 0, 1, 2
 #: Rows at least this long are probed by a sample before they are counted in full.
 _SAMPLED_FROM = 4096
 _SAMPLE = 1024
+#: Elements whose bins are noted before they are counted, for the same reason as the next.
+_NOTED = 1024
 #: Bytes of a mask unpacked at once, so that they stay in the nearest cache.
 _BLOCK = 512
 
@@ -366,6 +369,73 @@ def gate_positions(
         if bits.size:
             mask[(last - first) * block :] = 0
             _pack(mask, bits[first * block // 8 : (last * block + 7) // 8])
+
+
+@_compiled
+def cut(x: Any, y: Any, bits: Any, start: int, stop: int, pivot: Any, score: int, infinity: Any, top: Any) -> None:
+    """Copy the elements of ``x`` whose key reaches ``pivot``, and zero the others.
+
+    Args:
+        x: bits of the input, flat.
+        y: bits of the output, flat; same dtype.
+        bits: which elements were kept, packed; empty where nobody asks.
+        start: the first element; a multiple of 8.
+        stop: one past the last; a multiple of 8, or the end.
+        pivot: bits of the threshold, at most infinity's.
+        score: MAGNITUDE, or POSITIVE for the magnitude after a ReLU, which is then applied.
+        infinity: bits of infinity, in the dtype of ``x``.
+        top: the largest integer of that dtype.
+    """
+    if score == POSITIVE:
+        pivot = max(pivot, x.dtype.type(1))
+    mask = np.zeros(8 * _BLOCK if bits.size else 0, np.uint8)
+    for first in range(start, stop, 8 * _BLOCK):
+        last = min(first + 8 * _BLOCK, stop)
+        source, result = x[first:last], y[first:last]
+        if bits.size:
+            mask[last - first :] = 0
+            for i in range(source.size):
+                kept = _key(source[i], score, infinity, top) >= pivot
+                result[i] = source[i] if kept else 0
+                mask[i] = kept
+            _pack(mask, bits[first // 8 : (last + 7) // 8])
+        else:
+            for i in range(source.size):
+                result[i] = source[i] if _key(source[i], score, infinity, top) >= pivot else 0
+
+
+@_compiled
+def count(x: Any, start: int, stop: int, score: int, infinity: Any, top: Any, shift: int) -> Any:
+    """Return how many elements, NaN apart, have which top bits.
+
+    Args:
+        x: bits of float32 numbers, flat.
+        start: the first element.
+        stop: one past the last; fewer than 2^32 on.
+        score: MAGNITUDE, or POSITIVE for the magnitude after a ReLU.
+        infinity: bits of infinity.
+        top: the largest integer of that dtype.
+        shift: low bits that are not looked at.
+    """
+    bins = (infinity >> shift) + 1
+    # Four histograms, so that equal neighbours (zeros, often) do not wait for each other's sum.
+    counts = np.zeros((4, bins + 1), np.uint32)
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
+    places = np.empty(_NOTED, np.uint16)
+    for begin in range(start, stop, _NOTED):
+        source = x[begin : min(begin + _NOTED, stop)]
+        for i in range(source.size):
+            key = _key(source[i], score, infinity, top)
+            places[i] = (key >> shift) + int32(key > infinity)  # NaN has a place of its own
+        even = source.size // 4 * 4
+        for i in range(0, even, 4):
+            first[places[i]] += uint32(1)
+            second[places[i + 1]] += uint32(1)
+            third[places[i + 2]] += uint32(1)
+            fourth[places[i + 3]] += uint32(1)
+        for i in range(even, source.size):
+            first[places[i]] += uint32(1)
+    return counts.sum(0)[:bins].astype(np.int64)
 
 
 @_compiled

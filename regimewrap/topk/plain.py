@@ -53,6 +53,26 @@ def _thresholds(score: Tensor, ratio: float, selection: Selection) -> tuple[Tens
     return lowest.masked_fill(nan.all(-1, keepdim=True), math.nan), units
 
 
+def histogram(x: Tensor, after_relu: bool, shift: int, bins: int) -> Tensor:
+    """Count magnitudes by the top bits of their floats.
+
+    Args:
+        x: float32, at least one element.
+        after_relu: count ``relu(x)`` instead.
+        shift: low bits that a bin leaves open.
+        bins: from zero to infinity.
+
+    Returns:
+        Integers, shape (bins,). NaN is not counted.
+    """
+    bits = (torch.relu(x) if after_relu else x).view(torch.int32) & 0x7FFFFFFF
+    places = torch.where(bits > 0x7F800000, bins, bits >> shift).flatten()
+    if x.is_cuda:
+        # bincount would fetch the largest place from the device first; histc leaves out what is beyond its range.
+        return places.histc(bins, 0, bins - 1)
+    return places.bincount(minlength=bins + 1)[:bins]
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a flat boolean tensor into bytes, lowest bit first; the last byte is filled up with zeros."""
     words = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)

@@ -6,6 +6,8 @@ nothing but tests and doubt should call it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,35 @@ def kept(
     rows = last.reshape(row_shape(x.shape, selection))
     mask = torch.stack([_kept_in_row(row.double(), ratio, selection) for row in rows]).reshape(last.shape)
     return mask.movedim(-1, channel_dim) if scope == "position" else mask
+
+
+def reaches(x: Tensor, threshold: float) -> Tensor:
+    """Return which units of ``x`` a shared threshold keeps: those whose magnitude reaches it, and NaN.
+
+    Args:
+        x: floating point, any shape and memory format.
+        threshold: rounded to the dtype of ``x``.
+    """
+    rounded = float(torch.tensor(threshold, dtype=x.dtype))
+    return (x.detach().double().abs() >= rounded) | x.detach().isnan()
+
+
+def histogram(x: Tensor) -> dict[float, int]:
+    """Return how many units, NaN apart, have a magnitude in which bin, by the bin's lower end.
+
+    An octave has 32 bins of equal width; zero and what is nearly zero share one.
+    """
+    counts: dict[float, int] = {}
+    for value in x.detach().float().abs().flatten().tolist():
+        if math.isnan(value):
+            continue
+        low = value
+        if math.isfinite(value):
+            exponent = max(math.frexp(value)[1], -125)  # below the smallest normal number bins grow no narrower
+            width = math.ldexp(1, exponent - 6)
+            low = math.floor(value / width) * width
+        counts[low] = counts.get(low, 0) + 1
+    return counts
 
 
 def _kept_in_row(row: Tensor, ratio: float, selection: Selection) -> Tensor:
