@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
+import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
 
 from regimewrap.errors import StateError
 from regimewrap.settings import shown
 from regimewrap.strategies import Event
+from regimewrap.topk.threshold import BINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,10 +112,36 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """The scores of the last step that scope "network" takes its threshold from; empty before there is one."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    bins: list[Annotated[int, Field(ge=0, lt=BINS)]]  # those that are not empty, in order
+    counts: list[Annotated[int, Field(gt=0, lt=1 << 63)]]
+
+    @classmethod
+    def of(cls, histogram: Tensor | None) -> Self:
+        """Take one over; reading it waits for its device."""
+        if histogram is None:
+            return cls([], [])
+        histogram = histogram.cpu()
+        bins = histogram.nonzero().flatten()
+        return cls(bins.tolist(), histogram[bins].tolist())
+
+    def tensor(self) -> Tensor | None:
+        """Return it as ``threshold_at`` takes it."""
+        if not self.bins:
+            return None
+        return torch.zeros(BINS, dtype=torch.int64).index_put((torch.tensor(self.bins),), torch.tensor(self.counts))
+
+
+@dataclass(frozen=True)
 class Saved:
     """A saved cycler, as it is checked when it comes back.
 
     ``pending`` and ``state.skipped`` are those of the rank that saved; ``ranks`` has everyone's, if all saved together.
+    ``network`` is there if the gates have scope "network".
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -124,6 +153,7 @@ class Saved:
     state: State
     history: list[Decision]
     ranks: list[Share] | None = None
+    network: Histogram | None = None
 
     def share(self, rank: int, ranks: int) -> Share:
         """Return what a rank goes on with.
@@ -155,8 +185,14 @@ def plain(saved: Saved) -> dict[str, Any]:
     return _adapter().dump_python(saved, mode="json")  # type: ignore[no-any-return]
 
 
-def restored(state: object, policy: CyclePolicy) -> Saved:
-    """Return a saved state that is whole and belongs to ``policy``, or raise a ``StateError``."""
+def restored(state: object, policy: CyclePolicy, *, network: bool) -> Saved:
+    """Return a saved state that is whole and belongs to ``policy``, or raise a ``StateError``.
+
+    Args:
+        state: anything.
+        policy: of the cycler that is to go on.
+        network: whether its gates have scope "network".
+    """
     if not isinstance(state, dict) or "version" not in state or not isinstance(state.get("policy"), dict):
         raise StateError(f"expected a state from RegimeCycler.state_dict; got {shown(state)}.")
     if state["version"] != 1:
@@ -176,6 +212,12 @@ def restored(state: object, policy: CyclePolicy) -> Saved:
         raise StateError(f"the state is damaged: {where}: {problem['msg']}.") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise StateError(f"the state is damaged: expected plain JSON types; {error}.") from None
+    if (saved.network is not None) != network:
+        difference = "another gate.scope, this model has network" if network else "gate.scope network, this model not"
+        raise StateError(
+            f"the state was saved under {difference}: wrap the model with the policy the state was saved under, or "
+            "start without the state."
+        )
     for complaint in _contradictions(saved, policy):
         raise StateError(f"the state is damaged: {complaint}.")
     return saved
@@ -199,6 +241,10 @@ def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:
             yield f"{waiting} values wait for the next decision after {saved.updates} updates, it has {len(pending)}"
     if any(record.step != number * policy.every for number, record in enumerate(saved.history, 1)):
         yield f"its history is not one decision every {policy.every} updates"
+    if saved.network is not None:
+        bins = saved.network.bins
+        if len(bins) != len(saved.network.counts) or bins != sorted(set(bins)):
+            yield "its histogram has not one count for each bin, in order"
     if saved.ranks == []:
         yield "it was saved by no rank at all"
     state, last = saved.state, saved.history[-1] if saved.history else State.at_start(policy)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regimewrap import ranks
-from regimewrap.cycle_state import LARGEST, Decision, Regime, Saved, Share, State, plain, restored
+from regimewrap import network, ranks
+from regimewrap.cycle_state import LARGEST, Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.errors import PolicyError, SignalError
 from regimewrap.gate import TopKGate, gate_of
 from regimewrap.policy import CyclePolicy, RegimePolicy
@@ -62,6 +62,7 @@ class RegimeCycler:
             )
         self.policy: CyclePolicy = policy.cycle if isinstance(policy, RegimePolicy) else policy
         self._gates = [gate]
+        self._met = False  # whether the ranks have come together at the end of a step
         self._take(State.at_start(self.policy), updates=0, pending=[], history=[])
 
     @property
@@ -93,6 +94,8 @@ class RegimeCycler:
         gate = _gate(model)
         gate.set_keep_ratio(self.keep_ratio)
         if all(gate is not known for known in self._gates):
+            if gate.network is not None and self._networks:
+                gate.network.take(self._networks[0].histogram)
             self._gates.append(gate)
 
     def step(self, loss: Tensor | float | None = None, **metrics: Tensor | float) -> Regime:
@@ -115,11 +118,16 @@ class RegimeCycler:
         """
         value = self._checked(loss, metrics) if self.policy.strategy.needs_signal else None
         if (self._updates + 1) % self.policy.every == 0:
-            return self._decide(value)
-        if value is not None:
-            self._pending.append(value)
-        self._updates += 1
-        return self._between
+            regime = self._decide(value)
+        else:
+            if value is not None:
+                self._pending.append(value)
+            self._updates += 1
+            regime = self._between
+        if self._networks:
+            network.end_step(self._networks, self._updates, meet=not self._met)
+            self._met = True
+        return regime
 
     def check_sync(self) -> None:
         """Check that all ranks have the same policy, the same sites, and are at the same point of the cycle.
@@ -157,7 +165,8 @@ class RegimeCycler:
         if all_ranks and ranks.world_size() > 1:
             shares = ranks.gathered(Share(pending, self.skipped), "state_dict", self._updates)
         policy = self.policy.model_dump(mode="json")
-        return plain(Saved(1, policy, self._updates, pending, self._state, self._history, shares))
+        histogram = Histogram.of(self._networks[0].histogram) if self._networks else None
+        return plain(Saved(1, policy, self._updates, pending, self._state, self._history, shares, histogram))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, exactly as if the run had never stopped, and set the gates.
@@ -169,11 +178,18 @@ class RegimeCycler:
         Raises:
             StateError: it belongs to another policy or version, or is damaged. The cycler is as it was.
         """
-        saved = restored(state, self.policy)
+        saved = restored(state, self.policy, network=bool(self._networks))
         share = saved.share(ranks.rank(), ranks.world_size())
         pending = [math.nan if value is None else value for value in share.pending]
         state_here = replace(saved.state, skipped=share.skipped)
         self._take(state_here, updates=saved.updates, pending=pending, history=saved.history)
+        if saved.network is not None:
+            for each in self._networks:
+                each.take(saved.network.tensor())
+
+    @property
+    def _networks(self) -> list[network.NetworkThreshold]:
+        return [gate.network for gate in self._gates if gate.network is not None]
 
     def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float], history: list[Decision]) -> None:
         for gate in self._gates:

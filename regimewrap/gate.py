@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regimewrap import recompute
 from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
+from regimewrap.network import NetworkThreshold
 from regimewrap.policy import RegimePolicy, require_ratio
 from regimewrap.topk.op import pre_relu_gate, topk_gate
 
@@ -59,6 +60,13 @@ class _Setting(NamedTuple):
     forced: bool
     watched: bool
     thresholds: Mapping[str, float] | None
+    network: NetworkThreshold | None
+
+    def lasting(self) -> _Setting:
+        """Return it with copies of what is changed in place."""
+        keep_ratio = self.keep_ratio.clone()
+        network = self.network.frozen(keep_ratio) if self.network is not None else None
+        return self._replace(keep_ratio=keep_ratio, network=network)
 
 
 class TopKGate:
@@ -73,6 +81,7 @@ class TopKGate:
             the ratio between a backward pass and the next forward pass, as the cycler does.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
+        network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
         observers: called at each site of each forward pass; empty unless somebody watches.
         listeners: called at each site that cuts something; unlike observers they change nothing of how it is gated.
     """
@@ -90,6 +99,8 @@ class TopKGate:
         self._forced = False
         self._blocks = 0  # of at_keep_ratio, one inside the other
         self._forced_in_backward = False
+        # False while somebody only looks: what runs meanwhile is no part of a step.
+        self._counts = True
         rule = self.policy.gate
         self._rule: dict[str, Any] = {
             "scope": rule.scope,
@@ -107,6 +118,9 @@ class TopKGate:
             else torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
         )
         self._dense_in_eval = rule.eval_keep_ratio == 1.0
+        self.network: NetworkThreshold | None = None
+        if rule.scope == "network":
+            self.network = NetworkThreshold(self.keep_ratio, self._eval_ratio, rule.relative_to, rule.gradient)
 
     def set_keep_ratio(self, keep_ratio: float) -> None:
         """Set the share of units kept at every site.
@@ -118,6 +132,9 @@ class TopKGate:
             PolicyError: the ratio is outside (0, 1] or not a number.
         """
         self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
+        if self.network is not None:
+            root = self._root() if self._root is not None else None
+            self.network.aim({each.device for each in root.parameters()} if root is not None else ())
         notice_hooks_when_compiled()
 
     def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
@@ -201,6 +218,13 @@ class TopKGate:
             return x
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
+        if now.network is not None:
+            counted = training and not now.forced and self._counts
+            in_eval = not (training or now.forced)
+            try:
+                return now.network.select(x, in_eval=in_eval, counted=counted, before_relu=select is pre_relu_gate)
+            except SelectionError as error:
+                raise SelectionError(f"{site.name}: {error}") from None
         channel_dim = site.channel_dim
         if channel_dim is None:
             if x.dim() > 3 and self._rule["scope"] == "position":
@@ -231,7 +255,7 @@ class TopKGate:
     def _in_force(self) -> _Setting:
         """Return what holds now; in a recomputation, what held in the forward pass that it repeats."""
         watched = bool(self.observers) or self._recorder is not None
-        now = _Setting(self.keep_ratio, self._forced, watched, self.thresholds)
+        now = _Setting(self.keep_ratio, self._forced, watched, self.thresholds, self.network)
         # A compiler puts the recomputation into the graph of the forward pass.
         if torch.compiler.is_compiling() or not recompute.is_likely():
             return now
@@ -245,8 +269,17 @@ class TopKGate:
             # Of a function with blocks in it, what holds outside of these is to be remembered.
             if self not in memory or memory[self][1] > depth:
                 with torch._C._DisableTorchDispatch():  # selective checkpointing counts operations
-                    memory[self] = now._replace(keep_ratio=now.keep_ratio.clone()), depth
+                    memory[self] = now.lasting(), depth
         return now
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Let forward passes in train mode leave no trace in what network scope counts."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
 
     def anchor(self, root: nn.Module) -> None:
         """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
@@ -259,7 +292,8 @@ class TopKGate:
             return self
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.keep_ratio = self.keep_ratio.clone()
+        twin.keep_ratio = memo[id(self.keep_ratio)] = self.keep_ratio.clone()
+        twin.network = copy.deepcopy(self.network, memo)
         twin.observers, twin.listeners = [], []
         if root is not None:
             twin.anchor(memo[id(root)])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from regimewrap.errors import PolicyError
 from regimewrap.settings import (
@@ -64,10 +64,11 @@ def require_ratio(name: str, value: object) -> float:
 class GatePolicy(Settings):
     """How units are selected."""
 
-    scope: Literal["sample", "position", "batch"] = Field(
+    scope: Literal["sample", "position", "batch", "network"] = Field(
         "sample",
-        description="Units compete within a sample, a position (a token or pixel, over channels), or the whole batch. "
-        "Only position is safe in a causal model.",
+        description="Units compete within a sample, a position (a token or pixel, over channels), the whole batch, or "
+        "the whole network, at one threshold from the step before. Only position and network are safe in a causal "
+        "model.",
     )
     score: Literal["magnitude", "value"] = Field("magnitude", description="What makes a unit large.")
     relative_to: Literal["all", "active"] = Field("all", description="The units of which a share is kept.")
@@ -77,6 +78,14 @@ class GatePolicy(Settings):
     )
     eval_keep_ratio: Ratio | Literal["current"] = Field(1.0, description="The keep ratio in eval mode.")
     channel_dim: Literal["auto"] | Whole = Field("auto", description="The dimension that position scope selects over.")
+
+    @model_validator(mode="after")
+    def _has_one_threshold(self) -> Self:
+        if self.scope == "network":
+            for name, value, only in (("score", self.score, "magnitude"), ("ties", self.ties, "keep")):
+                if value != only:
+                    raise ValueError(f"{name} must be {only!r} with scope='network'; got {value!r}.")
+        return self
 
 
 class SitePolicy(Settings):
@@ -140,6 +149,15 @@ class RegimePolicy(Settings):
         if version != 1 or isinstance(version, bool):
             raise ValueError(f"expected 1, the only version that this regimewrap reads; got {shown(version)}.")
         return version
+
+    @model_validator(mode="after")
+    def _has_no_multipliers_of_one_threshold(self) -> Self:
+        if self.gate.scope == "network" and self.sites.multipliers:
+            raise ValueError(
+                f"sites.multipliers must be empty with gate.scope='network', where one threshold holds at all sites; "
+                f"got {shown(self.sites.multipliers)}."
+            )
+        return self
 
     @classmethod
     def preset(cls, name: str, total_steps: int | None = None) -> Self:

@@ -1,8 +1,9 @@
 """What the ranks of one run tell each other, and which of them is missing when that fails.
 
 A decision takes one reduction and one broadcast in the default process group, on any backend; nothing is exchanged in
-between. Before it the ranks meet in the process group's store: an exchange begins only when all have come to it, so it
-cannot be taken for one of DDP's, and whoever does not come in time is named. No policy and no gate is known here.
+between, except in scope "network", which takes one reduction at the end of each step. Before a decision the ranks meet
+in the process group's store: an exchange begins only when all have come to it, so it cannot be taken for one of DDP's,
+and whoever does not come in time is named. No policy and no gate is known here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from regimewrap.errors import SyncError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
 
 #: How long a rank that was left alone lives on, in seconds: it may hold the store, which the others have to read.
 GRACE_S = 1.0
@@ -73,6 +76,28 @@ def from_rank_0(numbers: Sequence[float], update: int) -> list[float]:
     shared = torch.tensor(numbers, dtype=torch.float64, device=_device())
     _exchange(f"the decision at update {update}", lambda: dist.broadcast(shared, src=0))
     return shared.tolist()
+
+
+def add_up(numbers: Tensor, update: int, *, meet: bool) -> None:
+    """Replace numbers, in place, by their sum over all ranks; one reduction.
+
+    Args:
+        numbers: of the same shape and dtype on all ranks. They stay on their device if the process group reaches it.
+        update: where we are, for messages.
+        meet: make sure first that all ranks have come. This waits for them, though for no device.
+
+    Raises:
+        SyncError: a rank does not come (only with ``meet``), or ended meanwhile.
+    """
+    if world_size() == 1:
+        return
+    if meet:
+        _meet("the end of the step", update)
+    reached = f"{numbers.device.type}:" in str(dist.get_backend_config())
+    shared = numbers if reached else numbers.to(_device())
+    _exchange(f"the end of the step at update {update}", lambda: dist.all_reduce(shared))
+    if shared is not numbers:
+        numbers.copy_(shared)
 
 
 def gathered(mine: object, what: str, update: int) -> list[Any]:

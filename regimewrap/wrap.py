@@ -166,7 +166,7 @@ def _refuse(message: str, strict: bool) -> None:
 
 
 def _warn_if_causal(model: nn.Module, policy: RegimePolicy) -> None:
-    if policy.gate.scope == "position":
+    if policy.gate.scope in ("position", "network"):
         return
     generates = getattr(model, "can_generate", None)
     causal = any(getattr(module, "is_causal", None) is True for module in model.modules())

@@ -20,7 +20,7 @@ ORDER = [
     {"_version", "errors", "recompute", "results"},
     {"ranks", "settings", "topk"},
     {"strategies"},
-    {"policy"},
+    {"network", "policy"},
     {"gate"},
     {"sites", "compression", "cycle_state", "telemetry"},
     {"rewrite", "cycler"},

@@ -15,7 +15,7 @@ MISTAKES = [
     ({"gat": {}}, "gat is not a setting; got {}. Did you mean 'gate'? Settings: schema_version, gate, sites, cycle."),
     (
         {"gate": {"scope": "samples"}},
-        "gate.scope must be one of 'sample', 'position', 'batch'; got 'samples'. Did you mean 'sample'?",
+        "gate.scope must be one of 'sample', 'position', 'batch', 'network'; got 'samples'. Did you mean 'sample'?",
     ),
     (
         {"cycle": {"strategy": {"kind": "ema-reset", "decya": 0.9}}},
@@ -91,6 +91,21 @@ def test_a_part_names_its_own_settings():
         GatePolicy(scope="x")
     with pytest.raises(PolicyError, match=r"^strategy.decay must be"):
         CyclePolicy(strategy={"kind": "ema-reset", "decay": 2})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gate": {"score": "value"}}, r"^gate: score must be 'magnitude' with scope='network'; got 'value'"),
+        ({"gate": {"ties": "exact"}}, r"^gate: ties must be 'keep' with scope='network'; got 'exact'"),
+        ({"sites": {"multipliers": {"*": 2.0}}}, r"^sites.multipliers must be empty with gate.scope='network'.*2.0"),
+    ],
+)
+def test_network_scope_refuses_what_one_threshold_cannot_do(wrong: dict[str, Any], message: str):
+    with pytest.raises(PolicyError, match=message):
+        RegimePolicy(gate={"scope": "network", **wrong.get("gate", {})}, sites=wrong.get("sites", {}))
+    with pytest.raises(PolicyError, match=message):
+        RegimePolicy().replace(**wrong).replace(gate={"scope": "network"})
 
 
 def test_long_values_are_cut_short():

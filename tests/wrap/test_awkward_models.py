@@ -147,6 +147,7 @@ def test_a_causal_model_with_sample_scope_is_warned_about():
     with pytest.warns(UserWarning, match=r"later tokens, frames.*position"):
         wrap(Causal())
     wrap(Causal(), RegimePolicy(gate=GatePolicy(scope="position")))
+    wrap(Causal(), RegimePolicy(gate=GatePolicy(scope="network")))  # its threshold comes from an earlier step
 
 
 def test_example_inputs_find_what_the_plan_cannot_see():
