@@ -119,14 +119,20 @@ class NetworkThreshold:
     def _on(self, device: torch.device) -> _There:
         there = self._devices.get(device)
         if there is None:
-            # Real tensors, which no mode sees, and which can be changed outside of inference mode too.
-            unseen = nullcontext() if torch.compiler.is_compiling() else torch._C._DisableTorchDispatch()
-            with torch.inference_mode(mode=False), unseen:
-                counts = torch.zeros(BINS, dtype=torch.int64, device=device)
-                thresholds = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
-                there = _There(counts, *thresholds)
-                self._devices[device] = there
-                self.aim()
+            compiled = torch.compiler.is_compiling()
+            with (
+                torch.inference_mode(mode=False),  # else nothing could change them outside of it
+                # Real tensors, also where a mode would make or count others. Works from its creation on, so not above.
+                nullcontext() if compiled else torch._C._DisableTorchDispatch(),
+            ):
+                there = self._made_on(device)
+        return there
+
+    def _made_on(self, device: torch.device) -> _There:
+        counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+        thresholds = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
+        there = self._devices[device] = _There(counts, *thresholds)
+        self.aim()
         return there
 
     def __getstate__(self) -> dict[str, Any]:

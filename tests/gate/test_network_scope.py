@@ -356,3 +356,18 @@ def test_one_graph_serves_a_hundred_ratios_and_counts_like_eager(make):
     assert counters["stats"]["unique_graphs"] == 1
     for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputation_keeps_to_the_threshold_of_its_forward_pass(use_reentrant):
+    found = []
+    for through in (lambda model, x: checkpoint(model, x, use_reentrant=use_reentrant), lambda model, x: model(x)):
+        model, cycler = stepped()
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = through(model, x)
+        model(3 * torch.randn(64, 16, generator=torch.Generator().manual_seed(2)))
+        cycler.step()
+        gate_of(model).set_keep_ratio(0.5)
+        y.sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
