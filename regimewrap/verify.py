@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from regimewrap.gate import GATE_ATTRIBUTE, Site, gate_of
+from regimewrap.gate import GATE_ATTRIBUTE, Site, TopKGate, gate_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose
 from regimewrap.sites.finder import Activation, find
@@ -26,21 +26,23 @@ class Coverage:
 
     Attributes:
         gated: names of the sites whose activation ran and was gated.
-        escaped: activations that the policy selects, that ran, and whose output no gate saw.
+        escaped: activations that the policy selects and that ran, as far as can be told, without a gate.
         idle: sites of the plan that did not run in this pass.
+        reasons: by the name of what escaped or did not run, what happened and what to do about it.
     """
 
     gated: tuple[str, ...]
     escaped: tuple[str, ...]
     idle: tuple[str, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         lines = [f"{len(self.gated)} sites gated, {len(self.escaped)} escaped, {len(self.idle)} did not run"]
         lines += [
-            f"  escaped: {name}; unwrap and wrap again, or exclude it in sites.exclude if it is meant"
+            f"  escaped: {name}: {self.reasons[name]}, or exclude it in sites.exclude if it is meant"
             for name in self.escaped
         ]
-        lines += [f"  did not run: {name}" for name in self.idle]
+        lines += [f"  did not run: {name}: {self.reasons[name]}" for name in self.idle if name not in self.escaped]
         return "\n".join(lines)
 
 
@@ -48,30 +50,44 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     """Run one forward pass and compare what was gated with the activations that really ran.
 
     Args:
-        model: a wrapped model, in the mode to be checked.
+        model: a wrapped model, or a part of one, in the mode to be checked.
         *args: passed to the model.
         **kwargs: passed to the model.
 
     Returns:
-        The coverage; print it. Buffers and random number generators are as they were.
+        The coverage; print it. Buffers, random number generators and what watches the gate are as they were.
 
     Raises:
         NotWrappedError: the model is not wrapped.
     """
     gate = gate_of(model)
-    # A part of a wrapped model, or a copy of a graph module, has the gate but not the attribute.
-    root = next((module for module in model.modules() if module.__dict__.get(GATE_ATTRIBUTE) is gate), model)
+    root, prefix = _root_of(model, gate)
     census = _Census(root)
-    gate.observers.append(census.saw_gate)
+    watching, gate.observers = gate.observers, [census.saw_gate]
     try:
         with untouched(model), gate.uncounted(), torch.compiler.set_stance("force_eager"), census.watching():
             model(*args, **kwargs)
     finally:
-        gate.observers.remove(census.saw_gate)
-    gated = tuple(dict.fromkeys(site.name for site in census.gated_sites))
-    escaped = tuple(dict.fromkeys(each.name for each in census.escaped(gate.policy.sites)))
-    idle = tuple(site.name for site in gate.sites if site.name not in set(gated))
-    return Coverage(gated, escaped, idle)
+        gate.observers = watching
+    gated = dict.fromkeys(site.name for site in census.gated_sites)
+    idle = [site.name for site in gate.sites if site.name not in gated and f"{site.name}.".startswith(prefix)]
+    sites = {site.name for site in gate.sites}
+    escaped = {each.name: census.reason(each, sites) for each in census.escaped(gate.policy.sites)}
+    bypassed, reasons = census.why_idle([name for name in idle if name not in escaped])
+    escaped |= bypassed
+    return Coverage(tuple(gated), tuple(escaped), tuple(idle), reasons | escaped)
+
+
+def _root_of(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str]:
+    """Return the wrapped model that ``model`` is, holds or is a part of, and how names of what is in it start."""
+    for module in model.modules():
+        if module.__dict__.get(GATE_ATTRIBUTE) is gate:
+            return module, ""
+    root = gate._root() if gate._root is not None else None
+    for path, module in root.named_modules() if root is not None else ():
+        if module is model and root is not None:
+            return root, f"{path}."
+    return model, ""  # copies of graph modules lose plain attributes
 
 
 class _Census(TorchFunctionMode):
@@ -83,6 +99,7 @@ class _Census(TorchFunctionMode):
         self._root = root
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._stack: list[nn.Module] = []
+        self._called: set[str] = set()
         # Tensors are kept, so that no other one takes their identity meanwhile.
         self._ran: list[tuple[Activation, Any]] = []
         self._seen: dict[int, Tensor] = {}
@@ -121,6 +138,7 @@ class _Census(TorchFunctionMode):
         if self._stack and self._stack[-1] is module:
             self._stack.pop()
         if id(module) in self._paths:
+            self._called.add(self._paths[id(module)])
             self._shapes.record(self._paths[id(module)], args, output)
         kind = catalog.kind_of_module(module)
         if kind is not None:
@@ -150,6 +168,67 @@ class _Census(TorchFunctionMode):
             ]
             if any(choose(policy, each, purpose)[0] for each in known or [activation]):
                 yield activation
+        seen = {activation.module for activation, _ in self._ran}
+        for activation in planned:
+            hidden = activation.problem is not None and activation.method is None and activation.module not in seen
+            if hidden and self._entered(activation.module) and choose(policy, activation, purpose)[0]:
+                yield activation
+
+    def reason(self, activation: Activation, sites: Set[str]) -> str:
+        """Say why an activation escaped, and what to do about it."""
+        if activation.problem is not None:
+            return f"{activation.problem}; put a plain module in its place and unwrap and wrap again"
+        module = self._module(activation.module)
+        if activation.name in sites and module is not None:
+            return f"a {type(module).__name__} was put in the place of what was gated; unwrap and wrap again"
+        if activation.name != activation.module and not _is_made(activation):
+            caller = type(module).__name__ if module is not None else activation.module
+            return (
+                f"{caller} calls it in code that was not there, or not seen, when the model was wrapped (a replaced "
+                "forward, or a module's forward called directly); call modules, not their forward, and unwrap and wrap "
+                "again"
+            )
+        return "it was put in, or made, after the model was wrapped; unwrap and wrap again"
+
+    def why_idle(self, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Say of sites that did not run why: those that a replaced forward goes around, and the others."""
+        bypassed, idle = {}, {}
+        for name in names:
+            parts = name.split(".")
+            paths = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+            path = next(path for path in paths if path in self._called or path == "")
+            module = self._module(path)
+            gone = not hasattr(module, parts[len(path.split(".")) if path else 0])
+            kind = type(module).__name__
+            replaced = module is not None and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+            if replaced:
+                bypassed[name] = (
+                    f"the forward of {path or 'the model'} ({kind}) has been replaced, by a fused kernel perhaps, "
+                    "and goes around it; put its own forward back"
+                )
+            elif gone:
+                idle[name] = (
+                    f"it is no longer in the model: {path or 'the model'} is a {kind} now; if that computes an "
+                    "activation out of sight, put back what was there; unwrap and wrap again"
+                )
+            elif path:
+                idle[name] = f"{path} ({kind}) ran without it: a branch that was not taken, or a class that was patched"
+            else:
+                idle[name] = "its part of the model did not run"
+        return bypassed, idle
+
+    def _entered(self, path: str) -> bool:
+        """Whether a module ran; of scripted ones only the outermost is seen."""
+        parts = path.split(".")
+        above = [".".join(parts[:length]) for length in range(len(parts) + 1)]
+        scripted = next((each for each in above if isinstance(self._module(each), torch.jit.ScriptModule)), path)
+        return scripted in self._called
+
+    def _module(self, path: str) -> nn.Module | None:
+        try:
+            return self._root.get_submodule(path)
+        except AttributeError:
+            return None
 
 
 def _is_made(activation: Activation) -> bool:

@@ -200,9 +200,8 @@ def fused_activation(module: nn.Module) -> str | None:
     if isinstance(module, nn.RNNBase):
         return "tanh"
     cls = type(module)
-    if cls.__module__.startswith(("torch.ao.", "torch.nn.intrinsic.", "torch.nn.quantized.")):
-        inner = next(module.children(), None)
-        return "relu" if cls.__name__.partition("Re")[2].startswith("LU") and inner is None else None
+    if cls.__module__.startswith("torch.") and ".quantized" in cls.__module__:
+        return "relu" if "ReLU" in cls.__name__ else None
     return None
 
 

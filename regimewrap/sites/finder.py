@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -76,11 +77,7 @@ def find(model: nn.Module) -> list[Activation]:
     found: list[Activation] = []
     for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
-            label = getattr(module, "original_name", type(module).__name__)
-            kind = catalog.kind_of_name(label)
-            if kind is not None:
-                problem = "it is scripted; wrap before torch.jit.script"
-                found.append(Activation(path, label, kind, path, problem=problem))
+            found.extend(_in_script(path, module))
             continue
         if isinstance(module, fx.GraphModule):
             found.extend(_in_graph(path, module))
@@ -101,6 +98,28 @@ def find(model: nn.Module) -> list[Activation]:
         where = tuple(dropped[id(module)])
         found.append(Activation(path or label, label, kind, path, dropped=where, problem=lost.get(id(module))))
     return found
+
+
+def _in_script(path: str, module: torch.jit.ScriptModule) -> Iterator[Activation]:
+    problem = "it is scripted; wrap before torch.jit.script"
+    label = getattr(module, "original_name", type(module).__name__)
+    kind = catalog.kind_of_name(label)
+    if kind is not None:
+        yield Activation(path, label, kind, path, problem=problem)
+        return
+    # Children have graphs of their own; in this one they are calls of methods.
+    graph = getattr(module, "graph", None)
+    for node in (*graph.findAllNodes("prim::CallFunction"), *_aten_nodes(graph)) if graph is not None else ():
+        called = next(node.inputs()).node().s("name") if node.kind() == "prim::CallFunction" else node.kind()
+        name = called.rpartition(":")[2]
+        kind = catalog.kind_of_name(name.rstrip("_"))
+        if kind is not None:
+            yield Activation(f"{path}.{name}" if path else name, name, kind, path, problem=problem)
+
+
+def _aten_nodes(graph: Any) -> Iterator[Any]:
+    names = {getattr(function, "__name__", "") for function in catalog.FUNCTIONS}
+    return (node for name in sorted(names) for node in graph.findAllNodes(f"aten::{name}"))
 
 
 def _in_graph(path: str, module: fx.GraphModule) -> Iterator[Activation]:
