@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regimewrap.topk.selection import Selection, row_shape
+from regimewrap.topk.selection import INTEGERS, Selection, memory_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,12 +34,6 @@ _GRAIN = 1 << 16
 #: Units in a row that a kernel does not count.
 _TOO_LONG = 1 << 31
 
-_INTEGERS = {
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0 << 48),
-}
 _SCORES = {"magnitude": 0, "value": 1, "positive": 2}
 
 _state: dict[str, Any] = {"kernels": None, "usable": sys.byteorder == "little"}
@@ -59,11 +53,14 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
         False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
     """
     kernels = _kernels(x)
-    blocks = _blocks(x, y, selection)
+    blocks = memory_rows(y, selection)
     if kernels is None or blocks is None:
         return False
+    if blocks[1] >= _TOO_LONG:
+        _tell_of_long_rows()
+        return False
     outer, units, inner = blocks
-    integer, infinity = _INTEGERS[x.dtype]
+    integer, infinity = INTEGERS[x.dtype]
     if x.stride() != y.stride() or x.is_neg():
         x = torch.empty_like(y).copy_(x)
     source, result = _flat(x, integer), _flat(y, integer)
@@ -166,9 +163,9 @@ def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
         False if no kernel serves this tensor; ``out`` is then undefined.
     """
     kernels = _kernels(grad)
-    if kernels is None or grad.dtype not in _INTEGERS:
+    if kernels is None or grad.dtype not in INTEGERS:
         return False
-    integer, _ = _INTEGERS[grad.dtype]
+    integer, _ = INTEGERS[grad.dtype]
     source, result, packed = _flat(grad, integer), _flat(out, integer), bits.numpy()
 
     def run(start: int, stop: int) -> None:
@@ -188,10 +185,10 @@ def note_nonzero(flat: Tensor, bits: Tensor) -> Tensor | None:
         How many there are in each block of ``numba_kernels``, int64; ``None`` if no kernel serves this tensor.
     """
     kernels = _kernels(flat)
-    if kernels is None or flat.dtype not in _INTEGERS:
+    if kernels is None or flat.dtype not in INTEGERS:
         return None
     counts = torch.empty(-(-bits.numel() // kernels._BLOCK), dtype=torch.int64)
-    source, packed, counted = _flat(flat, _INTEGERS[flat.dtype][0]), bits.numpy(), counts.numpy()
+    source, packed, counted = _flat(flat, INTEGERS[flat.dtype][0]), bits.numpy(), counts.numpy()
 
     def run(start: int, stop: int) -> None:
         kernels.note_nonzero(source, packed, counted, start, stop)
@@ -213,7 +210,7 @@ def gather_nonzero(flat: Tensor, values: Tensor, starts: Tensor) -> bool:
     kernels = _kernels(flat)
     if kernels is None:
         return False
-    integer, _ = _INTEGERS[flat.dtype]
+    integer, _ = INTEGERS[flat.dtype]
     source, found, places = _flat(flat, integer), _flat(values, integer), starts.numpy()
 
     def run(start: int, stop: int) -> None:
@@ -227,33 +224,13 @@ def scatter_nonzero(bits: Tensor, values: Tensor, starts: Tensor, flat: Tensor) 
     kernels = _kernels(flat)
     if kernels is None:
         return False
-    integer, _ = _INTEGERS[flat.dtype]
+    integer, _ = INTEGERS[flat.dtype]
     packed, found, places, result = bits.numpy(), _flat(values, integer), starts.numpy(), _flat(flat, integer)
 
     def run(start: int, stop: int) -> None:
         kernels.scatter_nonzero(packed, found, places, result, start, stop)
 
     return _share(run, places.size - 1, 1, flat.numel())
-
-
-def _blocks(x: Tensor, y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
-    """Describe ``y``'s memory as (blocks, units, distance of units): ``None`` where rows are scattered otherwise."""
-    rows, units = row_shape(x.shape, selection)
-    if units >= _TOO_LONG:
-        _tell_of_long_rows()
-        return None
-    order = sorted((d for d in range(y.dim()) if y.shape[d] > 1), key=y.stride, reverse=True)
-    if selection.scope == "position":
-        place = selection.channel_dim % y.dim()
-        if units == 1 or order[-1] == place:
-            return rows, units, 1
-        inner = y.stride(place)
-        return rows // inner, units, inner
-    if selection.scope == "sample" and 0 in order and order[0] != 0:
-        return None
-    if selection.ties == "exact" and order != sorted(order):
-        return None  # the lowest index is not the first in memory
-    return rows, units, 1
 
 
 @functools.cache

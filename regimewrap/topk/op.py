@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regimewrap.errors import SelectionError
-from regimewrap.topk import cpu, plain
+from regimewrap.topk import cpu, gpu, plain
 from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio
 
 
@@ -185,7 +185,8 @@ def _gate(
     selection = Selection(scope, channel_dim, score, relative_to, ties)
     if ratio == 1.0 or x.numel() == 0:
         return torch.relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
-    if x.is_cpu and cpu.gate(x, y, bits, ratio, selection):
+    kernels = cpu if x.is_cpu else gpu if x.is_cuda else None
+    if kernels is not None and kernels.gate(x, y, bits, ratio, selection):
         return y, bits
     if score == "positive":
         x, selection = torch.relu(x), selection._replace(score="value")
@@ -225,7 +226,8 @@ def _masked(grad: Tensor, bits: Tensor, stride: Sequence[int]) -> Tensor:
     masked = grad.new_empty_strided(grad.shape, stride)
     if grad.stride() != masked.stride() or grad.is_neg():
         grad = torch.empty_like(masked).copy_(grad)
-    if grad.is_cpu and grad.numel() and cpu.mask_gradient(grad, bits, masked):
+    kernels = cpu if grad.is_cpu else gpu if grad.is_cuda else None
+    if kernels is not None and grad.numel() and kernels.mask_gradient(grad, bits, masked):
         return masked
     mask = torch.empty_like(masked, dtype=torch.bool)
     _in_memory_order(mask).copy_(plain.unpack_bits(bits, grad.numel()))

@@ -26,6 +26,14 @@ TIES = ("keep", "exact")
 GRADIENTS = ("masked", "straight_through")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+#: For each dtype the integers that its bits are, and infinity among them: kernels rank these.
+INTEGERS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0 << 48),
+}
+
 
 class Selection(NamedTuple):
     """What is ranked with what; the fields mean what :func:`regimewrap.topk.op.topk_gate` says."""
@@ -107,6 +115,29 @@ def row_shape(shape: Sequence[int], selection: Selection) -> tuple[int, int]:
         del rest[selection.channel_dim]
         return math.prod(rest), units
     return (shape[0] if len(shape) else 1), math.prod(shape[1:])
+
+
+def memory_rows(y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
+    """Say where the rows of a tensor lie that fills its memory without gaps.
+
+    Returns:
+        How many blocks there are, how many units a row has, and how far apart these lie. A block of memory holds one
+        row if they lie together, and as many rows as that distance otherwise. ``None`` where rows are scattered in
+        another way, or where ties that are cut by index could not be cut by place.
+    """
+    rows, units = row_shape(y.shape, selection)
+    order = sorted((d for d in range(y.dim()) if y.shape[d] > 1), key=y.stride, reverse=True)
+    if selection.scope == "position":
+        place = selection.channel_dim % y.dim()
+        if units == 1 or order[-1] == place:
+            return rows, units, 1
+        inner = y.stride(place)
+        return rows // inner, units, inner
+    if selection.scope == "sample" and 0 in order and order[0] != 0:
+        return None
+    if selection.ties == "exact" and order != sorted(order):
+        return None
+    return rows, units, 1
 
 
 def _require_word(name: str, value: str, words: Sequence[str]) -> None:

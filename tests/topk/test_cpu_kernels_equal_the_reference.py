@@ -18,7 +18,7 @@ from regimewrap import topk
 from regimewrap.topk import cpu, op
 from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import kept
-from regimewrap.topk.selection import Selection
+from regimewrap.topk.selection import INTEGERS, Selection, memory_rows
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
@@ -51,7 +51,7 @@ def kernels_for_all_sizes():
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    integer = cpu._INTEGERS[a.dtype][0]
+    integer = INTEGERS[a.dtype][0]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
@@ -186,13 +186,13 @@ def test_rows_that_no_kernel_counts_are_selected_in_torch_after_one_warning(monk
     cpu._tell_of_long_rows.cache_clear()
 
 
-def test_more_than_two_to_the_31_elements_are_served_if_their_rows_are_shorter(monkeypatch):
-    monkeypatch.setattr(cpu, "_tell_of_long_rows", lambda: None)
+def test_more_than_two_to_the_31_elements_are_served_if_their_rows_are_shorter():
     wide, long = (torch.empty(shape, device="meta") for shape in ((2**16, 2**16), (1, 2**31)))
-    assert cpu._blocks(wide, wide, Selection()) == (2**16, 2**16, 1)
-    assert cpu._blocks(wide, wide, Selection(scope="position", channel_dim=0)) == (1, 2**16, 2**16)
-    assert cpu._blocks(wide, wide, Selection(scope="batch")) is None
-    assert cpu._blocks(long, long, Selection()) is None
+    assert memory_rows(wide, Selection()) == (2**16, 2**16, 1)
+    assert memory_rows(wide, Selection(scope="position", channel_dim=0)) == (1, 2**16, 2**16)
+    assert memory_rows(wide, Selection(scope="batch")) == (1, 2**32, 1)
+    assert memory_rows(long, Selection()) == (1, 2**31, 1)
+    assert cpu._TOO_LONG == 2**31  # for these two the test above holds
 
 
 def _gate_in_child(queue: multiprocessing.Queue) -> None:
