@@ -95,7 +95,7 @@ def add_up(numbers: Tensor, update: int, *, meet: bool) -> None:
         _meet("the end of the step", update)
     reached = f"{numbers.device.type}:" in str(dist.get_backend_config())
     shared = numbers if reached else numbers.to(_device())
-    _exchange(f"the end of the step at update {update}", lambda: dist.all_reduce(shared))
+    _exchange(f"the end of the step at update {update}", lambda: dist.all_reduce(shared), met=meet)
     if shared is not numbers:
         numbers.copy_(shared)
 
@@ -188,13 +188,14 @@ def _absent(store: Any, here: str, timeout: timedelta) -> str:
     return f"{_named(absent)} did not come to it within {seconds}, last seen {places}. {advice}"
 
 
-def _exchange(what: str, exchange: Callable[[], object]) -> None:
-    """Carry out a collective call to which all ranks have come."""
+def _exchange(what: str, exchange: Callable[[], object], *, met: bool = True) -> None:
+    """Carry out a collective call, to which all ranks have come if they met."""
     try:
         exchange()
     except RuntimeError as error:  # what torch.distributed raises, whatever happened
         reason = str(error).partition("\n")[0]
-        raise SyncError(f"{what} failed: all ranks came to it, and one has ended since: {reason}") from error
+        happened = "all ranks came to it, and one has ended since" if met else "a rank did not come to it, or has ended"
+        raise SyncError(f"{what} failed: {happened}: {reason}") from error
 
 
 def _timeout() -> timedelta:

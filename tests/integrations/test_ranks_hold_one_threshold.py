@@ -23,3 +23,8 @@ def test_two_ranks_hold_one_threshold_from_the_scores_of_both():
     assert sum(first["histogram"]["counts"]) == 2 * 64 * 8  # ranks, samples, units
     for rank in (first, second):
         assert rank["reductions"] == UPDATES + rank["decisions"]
+
+
+def test_a_rank_that_never_steps_is_named_at_the_first_step():
+    said = processes.run(LOOP, 1, "absent", ranks=2)
+    assert "the end of the step at update 1 failed: rank 1 did not come to it" in said[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 import regimewrap
 from regimewrap import RegimeCycler, gate_of
+from regimewrap.errors import SyncError
 
-UPDATES = int(sys.argv[1])
+UPDATES, ABSENT = int(sys.argv[1]), "absent" in sys.argv
 
 calls = 0
 
@@ -30,12 +32,21 @@ def counted(function):
     return call
 
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=timedelta(seconds=5 if ABSENT else 60))
 me = dist.get_rank()
 policy = POLICY.replace(gate={"scope": "network", "relative_to": "active"}, cycle={"strategy": {"tolerance": 1e9}})
 model = nn.parallel.DistributedDataParallel(regimewrap.wrap(bare("functions"), policy))
 cycler, optimizer = RegimeCycler(model), sgd(model)
 cycler.check_sync()
+if ABSENT:
+    if me == 0:
+        try:
+            cycler.step(1.0)
+        except SyncError as error:
+            print(error)
+    else:
+        time.sleep(6)
+    sys.exit()
 network, thresholds, own = gate_of(model).network, [], []
 for update in range(UPDATES):
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1000 * update + me))
