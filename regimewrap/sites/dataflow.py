@@ -85,7 +85,7 @@ class Dataflow:
         if node.op == "get_attr" or reads_shape(node):
             return "constant"
         if node.op == "placeholder":
-            return self._origin_of_argument(path, node, depth)
+            return self._widest(self.given(path, node), depth + 1) or "features"
         if node.op == "call_module":
             inner = f"{path}.{node.target}" if path else str(node.target)
             child = self.model.get_submodule(inner)
@@ -102,13 +102,13 @@ class Dataflow:
             return "constant" if made else "features"
         return "pooled" if pooled and found == "features" else found
 
-    def _origin_of_argument(self, path: str, placeholder: fx.Node, depth: int) -> Origin:
-        graph, calls = self.graph(path), self.calls(path)
-        if graph is None or not calls:
-            return "features"
+    def given(self, path: str, placeholder: fx.Node) -> list[tuple[str, fx.Node]]:
+        """Return the values that all calls of a module pass for one of its placeholders; none if they are not known."""
+        graph = self.graph(path)
+        if graph is None:
+            return []
         place = list(graph.find_nodes(op="placeholder")).index(placeholder)
-        given = ((caller, each) for caller, call in calls for each in self._given(path, call, place))
-        return self._widest(given, depth + 1) or "features"
+        return [(caller, each) for caller, call in self.calls(path) for each in self._given(path, call, place)]
 
     def _widest(self, values: Iterable[tuple[str, fx.Node]], depth: int) -> Origin | None:
         widest: Origin | None = None

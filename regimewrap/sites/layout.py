@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import types
+from collections.abc import Iterable
 
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
+from regimewrap.sites import catalog
 from regimewrap.sites.calls import (
     SPLITTING,
     UNKNOWN,
@@ -18,6 +20,7 @@ from regimewrap.sites.calls import (
     made_by,
     own_methods,
 )
+from regimewrap.sites.dataflow import Dataflow, is_layer, name_of
 from regimewrap.sites.finder import Activation
 
 _FIRST = (
@@ -78,8 +81,9 @@ def _of_value(
 def channel_dim(model: nn.Module, path: str) -> int | None:
     """Return the channel dimension of what the activation at or in ``path`` returns, or ``None`` if nothing tells.
 
-    Decided by the layer whose result it is called with, as in ``self.act(self.linear(x))``; else by the nearest layer
-    with weights before it in its block, else after it, else around the block.
+    Decided by the layer from which the value comes, through transpositions and the like; else by the layer whose result
+    it is called with, as in ``self.act(self.linear(x))``; else by the nearest layer with weights before it in its
+    block, else after it, else around the block.
 
     Args:
         model: the model.
@@ -89,6 +93,9 @@ def channel_dim(model: nn.Module, path: str) -> int | None:
     if own:
         # A method calls it among layers; if they disagree, nothing tells.
         return own.pop() if len(own) == 1 else None
+    followed = _Followed(model).dim(path) if path else None
+    if followed is not None:
+        return followed
     direct = _of_argument(model, path)
     if direct is not None:
         return direct
@@ -114,8 +121,106 @@ def _of_argument(model: nn.Module, path: str) -> int | None:
     return dims.pop() if len(dims) == 1 else None
 
 
+#: How many operations back the layer is looked for.
+_BACK = 16
+_SAME = {
+    "float", "half", "to", "type_as", "contiguous", "clone", "dropout", "chunk", "split", "getitem", "add", "sub",
+    "mul", "truediv", "div", "neg", "iadd", "imul", "clamp", "unbind", "where", "pad",
+}  # fmt: skip
+_Dims = tuple[int | None, int | None]
+
+
+class _Followed:
+    """Follows values back to the layers that make them, and keeps account of the channel dimension and the rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._flow = Dataflow(model)
+
+    def dim(self, path: str) -> int | None:
+        """Return the channel dimension of what the module at ``path`` is called with, if all calls agree."""
+        found = {self._dims(caller, call, 0)[0] for caller, call in self._flow.calls(path)}
+        return found.pop() if len(found) == 1 else None
+
+    def _dims(self, path: str, node: fx.Node, depth: int) -> _Dims:
+        """Return the channel dimension and the rank of a value, each ``None`` if it cannot be told."""
+        if depth > _BACK:
+            return None, None
+        if node.op == "placeholder":
+            given = self._flow.given(path, node)
+            return self._agreed(given, depth + 1)
+        if node.op == "call_module":
+            inner = f"{path}.{node.target}" if path else str(node.target)
+            child = self._model.get_submodule(inner)
+            before = [(path, each) for each in node.all_input_nodes[:1]]
+            dim = _of(child)
+            if dim is not None:
+                rank = _RANKS.get(type(child).__name__[-2:]) or self._agreed(before, depth + 1)[1]
+                return dim, rank
+            graph = None if is_layer(child) or catalog.kind_of_module(child) else self._flow.graph(inner)
+            if graph is not None:
+                return self._agreed([(inner, each) for each in graph.output_node().all_input_nodes], depth + 1)
+            return self._agreed(before, depth + 1) if _keeps(child) else (None, None)
+        if node.op not in ("call_function", "call_method"):
+            return None, None
+        tensors = [(path, each) for each in node.all_input_nodes]
+        if name_of(node) in _SAME or catalog.kind_of_node(node) is not None:
+            if name_of(node) == "getitem" and not _slices(node.args[1]):
+                return None, None
+            return self._agreed(tensors, depth + 1)
+        if name_of(node) in ("reshape_as", "view_as"):
+            return self._agreed(tensors[1:], depth + 1)
+        return _moved(node, *self._agreed(tensors[:1], depth + 1))
+
+    def _agreed(self, values: Iterable[tuple[str, fx.Node]], depth: int) -> _Dims:
+        """Return what all values agree on, those of which nothing is known apart."""
+        found = {self._dims(path, node, depth) for path, node in values if node.op != "get_attr"} - {(None, None)}
+        dims, ranks = {dim for dim, _ in found}, {rank for _, rank in found if rank is not None}
+        return dims.pop() if len(dims) == 1 else None, ranks.pop() if len(ranks) == 1 else None
+
+
+_RANKS = {"1d": 3, "2d": 4, "3d": 5}
+
+
+def _moved(node: fx.Node, dim: int | None, rank: int | None) -> _Dims:
+    """Return where the channels are after a transposition or the like."""
+    name, rest = name_of(node), list(node.args[1:])
+    if len(rest) == 1 and isinstance(rest[0], tuple | list):
+        rest = list(rest[0])
+    axes = [each for each in rest if isinstance(each, int)]
+    if dim is None or node.kwargs or len(axes) < len(rest):
+        return None, None
+    if name == "permute" and axes:
+        rank = len(axes)
+        order = [axis % rank for axis in axes]
+    elif name in ("transpose", "swapaxes") and len(axes) == 2:
+        rank = rank or 3  # tokens, or a sequence
+        order = list(range(rank))
+        one, other = (axis % rank for axis in axes)
+        order[one], order[other] = other, one
+    elif name == "flatten" and axes == [2] and dim == 1:
+        return 1, 3
+    else:
+        return None, None
+    place = order.index(dim % rank)
+    return -1 if place == rank - 1 else place, rank
+
+
+def _slices(key: object) -> bool:
+    """Say whether an index takes slices only, or picks a part of a tuple."""
+    return isinstance(key, int | slice) or (isinstance(key, tuple) and all(isinstance(each, slice) for each in key))
+
+
+def _keeps(child: nn.Module) -> bool:
+    """Say whether a layer keeps every dimension at its place."""
+    name = type(child).__name__
+    return catalog.kind_of_module(child) is not None or name.startswith(("Dropout", "DropPath", "Identity", "Pad"))
+
+
 def _of(module: nn.Module) -> int | None:
     name = type(module).__name__
+    if getattr(module, "data_format", None) == "channels_first":  # Hugging Face's LayerNorm over images
+        return 1
     if isinstance(module, _FIRST) or name.endswith(("Norm2d", "Conv2d")) or "NormAct2d" in name:
         return 1
     # Hugging Face's Conv1D is a linear layer.
