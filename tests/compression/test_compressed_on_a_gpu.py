@@ -51,6 +51,7 @@ def test_the_allocator_holds_less_between_forward_and_backward(model):
     assert held[2] < 0.55 * held[1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_the_host_waits_for_counts_only(model):
     x = torch.randn(8, 3, 32, 32, device="cuda")
     for mode in ("default", "error"):  # the first pass loads kernels
