@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import final
 
 import torch
 from torch import Tensor
 
-from regimewrap.topk import cpu, plain
+from regimewrap.topk import cpu, gpu_packing, plain
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,14 +51,15 @@ class Packed:
         self._arrived: torch.Event | None = None
         # What was unpacked last stays until something else is: a ReLU and the layer behind it save one activation.
         self._unpacked: Tensor | None = None
-        counts = cpu.note_nonzero(flat, self._bits) if flat.is_cpu else None
+        counts = _way(flat).note_nonzero(flat, self._bits) if flat.is_cpu or flat.is_cuda else None
         if counts is not None:
             self._starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-            self._count: Tensor | None = self._starts[-1]
-            return
-        mask = _as_integers(flat) != 0
-        self._bits.copy_(plain.pack_bits(mask))
-        self._count = mask.sum().to("cpu", non_blocking=True)
+            count = self._starts[-1]
+        else:
+            mask = _as_integers(flat) != 0
+            self._bits.copy_(plain.pack_bits(mask))
+            count = mask.sum()
+        self._count: Tensor | None = count.to("cpu", non_blocking=True)
         if flat.is_cuda:
             self._arrived = torch.Event(flat.device)
             self._arrived.record()
@@ -75,7 +77,7 @@ class Packed:
             self._starts = None
             return
         values = flat.new_empty(count)
-        if self._starts is not None and not cpu.gather_nonzero(flat, values, self._starts):
+        if self._starts is not None and not _way(flat).gather_nonzero(flat, values, self._starts):
             self._starts = None
         if self._starts is None:
             mask = plain.unpack_bits(self._bits, self._n)
@@ -108,7 +110,7 @@ class Packed:
     def _scatter(self) -> Tensor:
         if self._starts is not None:
             flat = self._values.new_empty(self._n)
-            if cpu.scatter_nonzero(self._bits, self._values, self._starts, flat):
+            if _way(flat).scatter_nonzero(self._bits, self._values, self._starts, flat):
                 return flat
         mask = plain.unpack_bits(self._bits, self._n)
         if self._values.is_cpu:
@@ -156,6 +158,11 @@ def require_unchanged(tensor: Tensor, version: int) -> None:
             f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
             f"expected version {version} instead."
         )
+
+
+def _way(flat: Tensor) -> ModuleType:
+    """Return where the compiled kernels for a CPU or a GPU are."""
+    return cpu if flat.is_cpu else gpu_packing
 
 
 def _as_integers(flat: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regimewrap.topk import cpu
+from regimewrap.topk import cpu, gpu_packing
 from regimewrap.topk.packed import Packed, Signs
 
 INTEGERS = {
@@ -109,3 +113,42 @@ def test_memory_that_was_unpacked_is_let_go_when_other_memory_is():
     assert first.unpack() is first.unpack()
     second.unpack()
     assert first._unpacked is None
+
+
+KERNELS_IN_THE_INTERPRETER = """
+import torch
+from regimewrap.topk import gpu_packing, plain
+
+for dtype, integer in ((torch.float16, torch.int16), (torch.float32, torch.int32), (torch.float64, torch.int64)):
+    for n in (1, 8, 4095, 4096, 9001):
+        flat = torch.randn(n).to(dtype)
+        flat[torch.rand(n) > 0.2] = 0
+        flat[0] = -0.0
+        bits = torch.full(((n + 7) // 8,), 255, dtype=torch.uint8)
+        counts = gpu_packing.note_nonzero(flat, bits)
+        assert torch.equal(bits, plain.pack_bits(flat.view(integer) != 0))
+        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        values, out = flat.new_empty(int(starts[-1])), torch.empty_like(flat)
+        assert gpu_packing.gather_nonzero(flat, values, starts)
+        assert gpu_packing.scatter_nonzero(bits, values, starts, out)
+        assert torch.equal(out.view(integer), flat.view(integer))
+print("same")
+"""
+
+
+def test_the_kernels_for_gpus_do_the_same_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "error::RuntimeWarning:regimewrap", "-c", KERNELS_IN_THE_INTERPRETER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_gpu_kernels_that_do_not_build_are_given_up_with_one_warning(monkeypatch):
+    monkeypatch.setitem(gpu_packing._state, "usable", True)
+    monkeypatch.setitem(sys.modules, "regimewrap.topk.triton_packing", None)
+    monkeypatch.setitem(gpu_packing._state, "kernels", None)
+    flat = torch.zeros(8)
+    with pytest.warns(RuntimeWarning, match="in plain torch: same results"):
+        assert gpu_packing.note_nonzero(flat, torch.empty(1, dtype=torch.uint8)) is None
+    assert not gpu_packing.gather_nonzero(flat, flat, flat)
