@@ -31,7 +31,6 @@ from regimewrap.telemetry import watch
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 
 _ZERO_BIN = 0x8000
-_SCOPES = ("sample", "position", "batch")
 
 
 class _Record(BaseModel):
@@ -293,13 +292,11 @@ def calibrate(model: nn.Module, loader: Iterable[Any], keep_ratios: Iterable[flo
 
     Raises:
         NotWrappedError: the model is not wrapped.
-        PolicyError: there is no ratio, one is outside (0, 1], or the policy's scope has no thresholds of its own.
+        PolicyError: there is no ratio, or one is outside (0, 1].
         DataError: the loader gave no batch or one of another kind, no gated site ran, or an activation was not finite.
     """
     gate = gate_of(model)
     rule = gate.policy.gate
-    if rule.scope not in _SCOPES:
-        raise PolicyError(f"calibrate needs gate.scope to be one of {', '.join(_SCOPES)}; got {rule.scope!r}.")
     ratios = sorted({require_ratio("keep_ratios", ratio) for ratio in keep_ratios})
     if not ratios:
         raise PolicyError("keep_ratios must hold at least one fraction in (0, 1]; got none.")
@@ -388,13 +385,20 @@ class _Histogram:
         """The bin edge above which there are as many scores, as nearly as edges allow, as the selection kept."""
         if not len(self._bins):
             return 0.0
+        if self._kept == 0:  # as it may be in network scope
+            return _edge(int(self._bins[-1]) + 1)
         above = self._counts.flip(0).cumsum(0).flip(0)  # scores in each bin and those above it
         first = max(int((above >= self._kept).sum()) - 1, 0)
         if first + 1 < len(above) and self._kept - above[first + 1] < above[first] - self._kept:
             first += 1
-        lower_edge = (int(self._bins[first]) - _ZERO_BIN - 1) << 16
-        bits = lower_edge if lower_edge >= 0 else lower_edge ^ 0x7FFFFFFF
-        return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+        return _edge(int(self._bins[first]))
+
+
+def _edge(place: int) -> float:
+    """Return the lower edge of a bin."""
+    order = (place - _ZERO_BIN - 1) << 16
+    bits = order if order >= 0 else order ^ 0x7FFFFFFF
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
 
 
 @contextmanager

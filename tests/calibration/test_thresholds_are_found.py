@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from regimewrap import GatePolicy, RegimePolicy, SitePolicy, at_keep_ratio, calibrate, gate_of, watch, wrap
+from regimewrap import (
+    GatePolicy,
+    RegimeCycler,
+    RegimePolicy,
+    SitePolicy,
+    at_keep_ratio,
+    calibrate,
+    gate_of,
+    watch,
+    wrap,
+)
 from regimewrap.calibration import _Histogram, _Recorder
 from regimewrap.errors import DataError, NotWrappedError, PolicyError
 from regimewrap.gate import Site
@@ -89,6 +99,30 @@ def test_a_site_is_fitted_to_what_thresholds_before_it_let_through():
         assert densities(model, images) == pytest.approx(selected, rel=0.05)
 
 
+def test_in_network_scope_every_site_gets_about_the_shared_threshold():
+    model = wrapped(nn.GELU, scope="network")
+    with torch.no_grad():
+        model.hidden.weight.mul_(20)
+    cycler = RegimeCycler(model)
+    for _ in range(3):
+        model(IMAGES).square().mean().backward()
+        cycler.step(1.0)
+    shared = gate_of(model).network
+    before = shared.histogram
+
+    calibration = calibrate(model, [IMAGES], keep_ratios=(0.2,))
+
+    assert shared.histogram is before
+    assert all(int(count.sum()) == 0 for count in shared.counts())
+    with at_keep_ratio(model, 0.2):
+        selected = densities(model)
+    assert selected[0] != pytest.approx(selected[2], rel=0.1)
+    with calibration.apply(model, 0.2):
+        assert densities(model) == pytest.approx(selected, rel=0.05)
+    found = list(calibration.thresholds(0.2).values())
+    assert found == pytest.approx([found[0]] * 3, rel=0.03)
+
+
 @pytest.mark.parametrize("size", [1, 7, 96])
 def test_it_matters_little_how_the_data_are_cut_into_batches(size):
     model = wrapped()
@@ -149,6 +183,13 @@ def test_of_distinct_bfloat16_scores_exactly_as_many_stay_as_were_kept(values, d
 
     stay = torch.where(score.float() > threshold, x, 0)
     assert torch.equal(stay, after)
+
+
+def test_where_the_selection_keeps_nothing_nothing_stays():
+    recorder = _Recorder("magnitude")
+    x = torch.tensor([0.5, -3.0, 1.0])
+
+    assert not (x.abs() > recorder(Site("act", "gelu"), x, torch.zeros(3))).any()
 
 
 @settings(deadline=None)
