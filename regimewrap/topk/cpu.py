@@ -103,7 +103,7 @@ def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str) -> bo
     kernels = _kernels(x)
     if kernels is None:
         return False
-    integer, infinity = _INTEGERS[x.dtype]
+    integer, infinity = INTEGERS[x.dtype]
     if x.stride() != y.stride() or x.is_neg():
         x = torch.empty_like(y).copy_(x)
     source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
@@ -135,7 +135,7 @@ def count(x: Tensor, counts: Tensor, after_relu: bool, shift: int) -> bool:
     dense = torch.empty_like(x)
     if x.stride() != dense.stride() or x.is_neg():
         x = dense.copy_(x)
-    integer, infinity = _INTEGERS[x.dtype]
+    integer, infinity = INTEGERS[x.dtype]
     source, parts = _flat(x, integer), []
     scalar = source.dtype.type
     score = _SCORES["positive" if after_relu else "magnitude"]
