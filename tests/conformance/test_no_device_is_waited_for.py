@@ -20,6 +20,7 @@ GATES = {
     "sample": GatePolicy(scope="sample", channel_dim=1),
     "position": GatePolicy(scope="position", channel_dim=1),
     "batch": GatePolicy(scope="batch"),
+    "network": GatePolicy(scope="network"),
     "active units": GatePolicy(relative_to="active"),
     "exact ties": GatePolicy(ties="exact"),
     "straight through": GatePolicy(gradient="straight_through"),
