@@ -26,6 +26,8 @@ from regimewrap.topk.op import pre_relu_gate, topk_gate
 
 #: The attribute of a wrapped model's ``__dict__`` that holds its gate.
 GATE_ATTRIBUTE = "_regimewrap"
+#: The attribute of a module with rewritten methods that holds the site gates which these call.
+SITES_ATTRIBUTE = "_regimewrap_sites"
 
 
 @dataclass(frozen=True)
@@ -364,11 +366,20 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
     if GATE_ATTRIBUTE in module.__dict__:
         yield module.__dict__[GATE_ATTRIBUTE]
     # Copies of graph modules lose plain attributes, and a part of a model never had one.
-    holders = [*module._forward_hooks.values(), *module.__dict__.get("gates", ())]
+    attributes = module.__dict__
+    holders = [*module._forward_hooks.values(), *attributes.get("gates", ()), *attributes.get(SITES_ATTRIBUTE, ())]
     for holder in holders:
         site_gate = holder if isinstance(holder, SiteGate) else getattr(holder, "gate", None)
         if isinstance(site_gate, SiteGate):
             yield site_gate.gate
+
+
+def whole_of(part: nn.Module, gate: TopKGate) -> nn.Module | None:
+    """Return the wrapped model that ``part`` is a part of; ``None`` if it is that model, a copy, or what is left."""
+    root = gate._root() if gate._root is not None else None
+    if root is None or root is part or not any(module is part for module in root.modules()):
+        return None
+    return root
 
 
 def gate_of(model: nn.Module) -> TopKGate:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from regimewrap.gate import GATE_ATTRIBUTE, Site, TopKGate, gate_of
+from regimewrap.gate import GATE_ATTRIBUTE, Site, TopKGate, gate_of, whole_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose
 from regimewrap.sites.finder import Activation, find
@@ -83,11 +83,10 @@ def _root_of(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str]:
     for module in model.modules():
         if module.__dict__.get(GATE_ATTRIBUTE) is gate:
             return module, ""
-    root = gate._root() if gate._root is not None else None
-    for path, module in root.named_modules() if root is not None else ():
-        if module is model and root is not None:
-            return root, f"{path}."
-    return model, ""  # copies of graph modules lose plain attributes
+    root = whole_of(model, gate)
+    if root is None:
+        return model, ""  # copies of graph modules lose plain attributes
+    return root, next(f"{path}." for path, module in root.named_modules() if module is model)
 
 
 class _Census(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate import TopKGate, at_keep_ratio, find_gate, notice_hooks_when_compiled
+from regimewrap.gate import TopKGate, at_keep_ratio, find_gate, notice_hooks_when_compiled, whole_of
 from regimewrap.policy import RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
@@ -45,8 +46,11 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
     """
     root = _root(model)
     policy = _policy(policy)
-    if find_gate(root) is not None:
-        raise AlreadyWrappedError(f"{type(root).__name__} is wrapped already; call regimewrap.unwrap(model) first.")
+    gate = find_gate(root)
+    if gate is not None:
+        whole = whole_of(root, gate)
+        is_wrapped = "is wrapped already" if whole is None else f"is a part of a wrapped {type(whole).__name__}"
+        raise AlreadyWrappedError(f"{type(root).__name__} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
     found = find(root)
     check(policy.sites, [activation.name for activation in found])
     purpose = Purpose(root, activation_shapes(root, example_inputs) if example_inputs is not None else None)
@@ -127,10 +131,21 @@ def unwrap(model: M) -> M:
 
     Raises:
         NotWrappedError: it is not wrapped.
+        WrapError: it is a part of a wrapped model, whose other parts would stay gated.
     """
     root = _root(model)
-    if find_gate(root) is None:
+    gate = find_gate(root)
+    if gate is None:
         raise NotWrappedError(f"{type(root).__name__} is not wrapped; there is nothing to unwrap.")
+    if whole_of(root, gate) is not None:
+        gc.collect()  # a model that nobody holds any more may still be there, in a cycle
+    whole = whole_of(root, gate)
+    if whole is not None:
+        path = next(path for path, module in whole.named_modules() if module is root)
+        raise WrapError(
+            f"{type(root).__name__} is a part ({path}) of a wrapped {type(whole).__name__}; unwrap that. "
+            "To leave a part of a model alone, wrap it with sites.exclude."
+        )
     rewriting.undo(root)
     _forget_compiled(model)
     return model

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regimewrap.errors import WrapError
-from regimewrap.gate import SiteGate
+from regimewrap.gate import SITES_ATTRIBUTE, SiteGate
 
 #: How rewritten code calls the gate: ``self._regimewrap_gate(value, index)``.
 GATE_METHOD = "_regimewrap_gate"
@@ -28,7 +28,6 @@ GATE_METHOD = "_regimewrap_gate"
 #: the name of torch's one, as graphs do, which cannot hold functions.
 RELU_METHOD = "_regimewrap_relu"
 _F_RELU, _TORCH_RELU = F.relu, torch.relu
-_SITES = "_regimewrap_sites"
 _FUSED = "_regimewrap_fused"
 _BASE = "_regimewrap_base"
 _METHODS = "_regimewrap_methods"
@@ -70,7 +69,7 @@ def rebind(module: nn.Module, methods: tuple[NewMethod, ...], gates: tuple[SiteG
     """
     fused = [name for cls, name in FUSED_PATHS.items() if isinstance(module, cls)]
     top: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
-    module.__dict__[_SITES] = gates
+    module.__dict__[SITES_ATTRIBUTE] = gates
     parametrized = module._modules.get("parametrizations")
     if isinstance(parametrized, nn.ModuleDict) and any(name in vars(top) for name in parametrized):
         # torch takes a parametrization off the class on top, whatever that is; so ours goes below.
@@ -85,7 +84,7 @@ def release(module: nn.Module) -> None:
     ours = next((cls for cls in type(module).__mro__ if _BASE in vars(cls)), None)
     if ours is not None:
         module.__class__ = _on(type(module), ours, vars(ours)[_BASE])
-    module.__dict__.pop(_SITES, None)
+    module.__dict__.pop(SITES_ATTRIBUTE, None)
 
 
 def _on(cls: Any, below: type, instead: type) -> Any:
@@ -104,7 +103,7 @@ def _on(cls: Any, below: type, instead: type) -> Any:
 
 def gates_of(module: nn.Module) -> tuple[SiteGate, ...]:
     """Return the site gates that a module's rewritten methods call."""
-    gates: tuple[SiteGate, ...] = module.__dict__.get(_SITES, ())
+    gates: tuple[SiteGate, ...] = module.__dict__.get(SITES_ATTRIBUTE, ())
     return gates
 
 
@@ -114,7 +113,7 @@ def is_rebound(module: nn.Module) -> bool:
 
 
 def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
-    gates: tuple[SiteGate, ...] = self.__dict__[_SITES]
+    gates: tuple[SiteGate, ...] = self.__dict__[SITES_ATTRIBUTE]
     return gates[index](value, self.training)
 
 
@@ -134,7 +133,7 @@ def _relu(self: nn.Module, function: Any, value: Tensor, index: int, **options: 
         function = F.relu if function == "F.relu" else torch.relu
     if options and not is_relu(function):
         function = functools.partial(function, **options)
-    gates: tuple[SiteGate, ...] = self.__dict__[_SITES]
+    gates: tuple[SiteGate, ...] = self.__dict__[SITES_ATTRIBUTE]
     if is_relu(function):
         return gates[index].relu(function, value, self.training)
     return gates[index](function(value), self.training)
@@ -177,7 +176,7 @@ def _while_idle(name: str) -> property:
     """Make an attribute that allows a fused kernel read False whenever the gate has something to do."""
 
     def get(self: nn.Module) -> Any:
-        gates: tuple[SiteGate, ...] = self.__dict__.get(_SITES, ())
+        gates: tuple[SiteGate, ...] = self.__dict__.get(SITES_ATTRIBUTE, ())
         return False if gates and gates[0].gate.acts(self.training) else self.__dict__[name]
 
     def put(self: nn.Module, value: Any) -> None:
