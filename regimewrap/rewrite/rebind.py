@@ -27,6 +27,8 @@ GATE_METHOD = "_regimewrap_gate"
 #: How it calls a ReLU with the gate: ``self._regimewrap_relu(F.relu, value, index)``. Instead of a function it may give
 #: the name of torch's one, as graphs do, which cannot hold functions.
 RELU_METHOD = "_regimewrap_relu"
+#: How it calls a plain function in a copy with gates: ``self._regimewrap_copy(function, (planned, copy))(value)``.
+COPY_METHOD = "_regimewrap_copy"
 _F_RELU, _TORCH_RELU = F.relu, torch.relu
 _FUSED = "_regimewrap_fused"
 _BASE = "_regimewrap_base"
@@ -139,6 +141,12 @@ def _relu(self: nn.Module, function: Any, value: Tensor, index: int, **options: 
     return gates[index](function(value), self.training)
 
 
+def _copy(self: nn.Module, function: Any, known: tuple[Any, Any]) -> Any:
+    """Return a function's copy that calls the gates of this module, or the function if it is not the one planned."""
+    planned, copy = known
+    return functools.partial(copy, self) if function is planned else function
+
+
 def _refuse_scripting(self: nn.Module) -> None:
     name = type(self).__name__
     raise WrapError(f"{name} is wrapped, and torch.jit.script would script it without its gates; regimewrap.unwrap it.")
@@ -157,6 +165,7 @@ def _subclass(cls: type[nn.Module], methods: tuple[NewMethod, ...], fused: tuple
         _FUSED: fused,
         GATE_METHOD: _gate,
         RELU_METHOD: _relu,
+        COPY_METHOD: _copy,
         **{name: _while_idle(name) for name in fused},
     }
     below: dict[type, dict[str, Any]] = {}

@@ -18,14 +18,14 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
-from regimewrap.rewrite.rebind import GATE_METHOD, RELU_METHOD
+from regimewrap.rewrite.rebind import COPY_METHOD, GATE_METHOD, RELU_METHOD
 from regimewrap.sites.calls import Scope, Span, body_of, in_place_target, parse, span_of
 
 _FUTURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 
-#: In the copy of a plain function: the module whose gates it calls, and the copies of functions that it calls in turn.
+#: In the copy of a plain function: the module whose gates it calls, and functions with their copies.
 _SELF = "_regimewrap_self"
 _COPY = "_regimewrap_copy_{}"
 
@@ -89,7 +89,7 @@ class SourceRecipe:
             _require_passing_on(original)
             edited.args.posonlyargs.insert(0, ast.copy_location(ast.arg(_SELF), edited))
         copies = {
-            _COPY.format(place): types.CellType(rewritten(each.recipe, each.function))
+            _COPY.format(place): types.CellType((each.function, rewritten(each.recipe, each.function)))
             for place, each in enumerate(self.redirects)
         }
         code = _compile(edited, function, self.owner, tuple(copies))
@@ -123,8 +123,8 @@ class _Rewriter(ast.NodeTransformer):
         name = self.redirected.pop(span, None)
         self.generic_visit(node)
         if name is not None:
-            node.func = ast.Name(name, ast.Load())
-            node.args.insert(0, ast.Name(self._self, ast.Load()))
+            method = ast.Attribute(ast.Name(self._self, ast.Load()), COPY_METHOD, ast.Load())
+            node.func = ast.copy_location(ast.Call(method, [node.func, ast.Name(name, ast.Load())], []), node.func)
             return ast.fix_missing_locations(node)
         if index is None:
             return node
@@ -183,7 +183,9 @@ def _compile(
     """Compile a tree in a place like its own: in a class, with the same free variables and some more, at its lines."""
     owner = owner or "_"  # in a class of this name nothing is mangled
     outer = ", ".join(name for name in (*function.__code__.co_freevars, *more) if name != "__class__")
-    home = ast.parse(f"def factory({outer}):\n class {owner}:\n  pass")
+    # The class must not be a variable of the factory, unless it is one where the method was defined.
+    around = "pass" if owner in function.__code__.co_freevars else f"global {owner}"
+    home = ast.parse(f"def factory({outer}):\n {around}\n class {owner}:\n  pass")
     method = copy.deepcopy(tree)
     method.decorator_list = []
     method.returns = None
@@ -194,7 +196,7 @@ def _compile(
         if isinstance(each, ast.arg):
             each.annotation = None
     ast.increment_lineno(method, function.__code__.co_firstlineno - 1)
-    home.body[0].body[0].body = [method]  # type: ignore[attr-defined]
+    home.body[0].body[1].body = [method]  # type: ignore[attr-defined]
     flags = function.__code__.co_flags & _FUTURES
     code: types.CodeType = compile(home, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
     for name in ("factory", owner, tree.name):

@@ -266,7 +266,7 @@ def _product(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
 def find_helpers(
     function: types.FunctionType, module: nn.Module | None, arguments: Mapping[str, Any] = MappingProxyType({})
 ) -> list[Helper]:
-    """Return the plain functions that code calls by name and that lead to an activation.
+    """Return the plain functions that code calls and that lead to an activation: by name, or held by ``self``.
 
     Args:
         function: a method's function, or a plain one.
@@ -275,10 +275,38 @@ def find_helpers(
     """
     function = body_of(function)
     scope = Scope(function, module, arguments)
+    calls: dict[types.FunctionType, list[ast.Call]] = {}
+    for helper, nodes in (*_helper_nodes(function), *_held_helper_nodes(function, module)):
+        calls.setdefault(helper, []).extend(nodes)
     return [
         Helper(helper, tuple(map(span_of, nodes)), _same_arguments(helper, nodes, scope))
-        for helper, nodes in _helper_nodes(function)
+        for helper, nodes in calls.items()
     ]
+
+
+def _held_helper_nodes(
+    function: types.FunctionType, module: nn.Module | None
+) -> list[tuple[types.FunctionType, list[ast.Call]]]:
+    """The same for ``self.act(x)``, where ``act`` is a plain attribute or a static method."""
+    if module is None:
+        return []
+    cls: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
+    held = {name: value for name, value in module.__dict__.items() if isinstance(value, types.FunctionType)}
+    held = {name: value for name, value in (_static_methods(cls) | held).items() if name in _names(function.__code__)}
+    held = {name: value for name, value in held.items() if _is_helper(value, _DEPTH - 1)}
+    nodes: dict[str, list[ast.Call]] = {}
+    for node, _ in _call_nodes(function) if held else ():
+        base = node.func.value if isinstance(node.func, ast.Attribute) else None
+        if isinstance(base, ast.Name) and base.id == function.__code__.co_varnames[0] and node.func.attr in held:  # type: ignore[attr-defined]
+            nodes.setdefault(node.func.attr, []).append(node)  # type: ignore[attr-defined]
+    return [(held[name], each) for name, each in nodes.items()]
+
+
+@functools.lru_cache(maxsize=4096)
+def _static_methods(cls: type) -> dict[str, types.FunctionType]:
+    found = {name: value for home in reversed(cls.__mro__) for name, value in vars(home).items()}
+    functions = {name: each.__func__ for name, each in found.items() if isinstance(each, staticmethod)}
+    return {name: each for name, each in functions.items() if isinstance(each, types.FunctionType)}
 
 
 #: From a method through so many functions an activation is followed; utilities far below are not its code any more.
@@ -317,8 +345,9 @@ def _named(function: types.FunctionType) -> list[Any]:
     """Return the globals and closed-over values that code may mean, those of modules that it names among them."""
     scope, names = Scope(function), _names(function.__code__)
     values = [scope.value_of(ast.Name(name, ast.Load())) for name in names]
-    modules = [vars(each) for each in values if isinstance(each, types.ModuleType) and each.__name__ != "torch"]
-    return values + [module[name] for module in modules for name in names if name in module]
+    homes = [vars(each) for each in values if isinstance(each, types.ModuleType | type) and each is not torch]
+    inside = [home[name] for home in homes for name in names if name in home]
+    return values + [each.__func__ if isinstance(each, staticmethod) else each for each in inside]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -391,7 +420,7 @@ def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]
     optional = {name.arg for name, value in pairs if isinstance(value, ast.Constant) and value.value is None}
     for helper, nodes in _helper_nodes(function) if depth else ():
         for parameter in set(_factors(body_of(helper), depth - 1).values()):
-            given = [argument_at(function, span_of(node), parameter) for node in nodes]
+            given = [argument_at(function, span_of(node), helper, parameter) for node in nodes]
             handed = {_root_name(each.body if isinstance(each, ast.IfExp) else each) for each in given if each}
             optional |= {each for each in handed if each is not None and each != function.__code__.co_varnames[0]}
     sides: list[ast.expr] = []
@@ -509,22 +538,24 @@ def made_by(function: types.FunctionType, node: ast.expr) -> ast.expr:
     return node
 
 
-def argument_at(function: types.FunctionType, span: Span, name: str | None = None) -> ast.expr | None:
+def argument_at(
+    function: types.FunctionType, span: Span, callee: types.FunctionType | None = None, name: str = ""
+) -> ast.expr | None:
     """Return an argument of the call at a place: the first one (or the tensor whose method it is), or one by name.
 
     Args:
         function: whose code it is.
         span: where the call stands.
-        name: of an argument of the plain function that is called; else the first is meant.
+        callee: the plain function that is called, for an argument by name.
+        name: its name.
     """
     function = body_of(function)
     call = next((node for node, _ in _call_nodes(function) if span_of(node) == span), None)
     if call is None:
         return None
-    if name is not None:
-        callee = Scope(function).value_of(call.func)
-        code = body_of(callee).__code__ if isinstance(callee, types.FunctionType) else None
-        named = dict(zip(code.co_varnames[: code.co_argcount], call.args, strict=False)) if code else {}
+    if callee is not None:
+        code = body_of(callee).__code__
+        named = dict(zip(code.co_varnames[: code.co_argcount], call.args, strict=False))
         named |= {each.arg: each.value for each in call.keywords if each.arg is not None}
         found = named.get(name)
         return None if isinstance(found, ast.Starred) else found

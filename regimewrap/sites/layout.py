@@ -58,8 +58,8 @@ def _of_value(
     function = body_of(frames[-1])
     value = made_by(function, value)
     if isinstance(value, ast.Name) and len(frames) > 1:
-        spans = activation.through[len(frames) - 2].spans
-        given = [argument_at(frames[-2], span, value.id) for span in spans]
+        helper = activation.through[len(frames) - 2]
+        given = [argument_at(frames[-2], span, helper.function, value.id) for span in helper.spans]
         dims = {None if each is None else _of_value(module, activation, frames[:-1], each) for each in given}
         return dims.pop() if len(dims) == 1 else None
     if not isinstance(value, ast.Call):

@@ -109,6 +109,10 @@ def scan(x, z=None):
     return out
 
 
+def spelled_out(x):
+    return x * torch.sigmoid(1.7 * x)
+
+
 def in_place(x):
     F.relu(x, inplace=True)
     return x
@@ -158,9 +162,32 @@ class CallsTwice(Base):
         return [plain(each) for each in (x, self.linear(x))][1]
 
 
+class HoldsFunction(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nested
+
+    def forward(self, x):
+        return self.act(self.linear(x), extra=2)
+
+
+class CallsStatic(Base):
+    @staticmethod
+    def act(x):
+        return F.elu(x)
+
+    def forward(self, x):
+        return self.act(self.linear(x)) + CallsStatic.act(x)
+
+
 class CallsInPlace(Base):
     def forward(self, x):
         return in_place(self.linear(x))
+
+
+class CallsSwish(Base):
+    def forward(self, x):
+        return spelled_out(self.linear(x))
 
 
 class CallsFused(Base):
@@ -190,4 +217,15 @@ class Mixer(nn.Module):
         return self.out_proj(scan(x, z=gate).transpose(1, 2))
 
 
-CALLERS = [CallsPlain, CallsRelu, CallsNested, CallsDecorated, CallsMade, CallsTwice, CallsInPlace]
+CALLERS = [
+    CallsSwish,
+    HoldsFunction,
+    CallsStatic,
+    CallsPlain,
+    CallsRelu,
+    CallsNested,
+    CallsDecorated,
+    CallsMade,
+    CallsTwice,
+    CallsInPlace,
+]

@@ -186,6 +186,14 @@ def test_a_decorator_that_may_do_something_else_is_reported(make, why, x):
     assert type(model) is make
 
 
+def test_another_function_in_the_place_of_the_planned_one_is_called(x, monkeypatch):
+    held, named = wrapped(helpers.HoldsFunction), wrapped(helpers.CallsPlain)
+    held.act = lambda value, extra: value + extra
+    monkeypatch.setattr(helpers, "plain", torch.neg)
+    assert torch.equal(held(x), held.linear(x) + 2)
+    assert torch.equal(named(x), -named.linear(x))
+
+
 def test_a_function_that_calls_itself_is_reported():
     with pytest.raises(UnreachableSiteError, match="counting_down calls itself"):
         wrap(bare(helpers.CallsItself))

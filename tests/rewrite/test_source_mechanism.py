@@ -70,6 +70,12 @@ class Mangled(Branches):
         return F.relu(self.linear(x)) * self.__scale
 
 
+class NamesItself(Branches):
+    def forward(self, x, mask=None):
+        x = F.gelu(super(NamesItself, self).forward(x))  # noqa: UP008  it is there that its name is a variable
+        return x if mask is None else x * mask
+
+
 def closed_over(scale):
     class Closure(Branches):
         def forward(self, x):
@@ -178,6 +184,7 @@ MODELS = [
     UnregisteredGlobal,
     Counts,
     InnerFunction,
+    NamesItself,
 ]
 
 
