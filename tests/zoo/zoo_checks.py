@@ -141,10 +141,15 @@ def _examine_wrapped(model: nn.Module, inputs: Inputs, bare: Bare) -> int:
         model.train(training)
         args, kwargs = inputs(training)
         seed()
-        with Census(model) as census, torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training):
             coverage = regimewrap.verify(model, *args, **kwargs)
         assert not coverage.escaped, f"verify, in {mode} mode: {coverage.escaped[:5]} escaped"
         assert same(dict(model.named_buffers()), bare.buffers), "verify changes buffers"
+        args, kwargs = inputs(training)
+        seed()
+        with Census(model) as census, torch.set_grad_enabled(training):
+            model(*args, **kwargs)
+        restore(model, bare.buffers)
         escaped = census.escaped(bare.plan)
         assert not escaped, f"ran ungated in {mode} mode: {escaped[:5]} and {len(escaped[5:])} more"
         idle &= set(coverage.idle)
