@@ -6,9 +6,11 @@ import copy
 import io
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.models._features_fx import create_feature_extractor as timm_extractor
 from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -51,7 +53,13 @@ def outputs(model, x, training, ratio):
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 @pytest.mark.parametrize(
     "make",
-    [Net, lambda: torchvision.models.resnet18(num_classes=5), lambda: torchvision.models.densenet121(num_classes=5)],
+    [
+        Net,
+        lambda: torchvision.models.resnet18(num_classes=5),
+        lambda: torchvision.models.densenet121(num_classes=5),
+        lambda: timm.create_model("resnet10t", num_classes=5),
+    ],
+    ids=["dropout", "resnet18", "densenet121", "timm"],
 )
 def test_the_pass_equals_wrap_bit_for_bit(make, training, ratio):
     torch.manual_seed(0)
@@ -114,6 +122,54 @@ def test_exported_modules_can_be_gated(x):
         assert torch.equal(graph(x), model(x))
     with at_keep_ratio(graph, 0.1), at_keep_ratio(wrap(model), 0.1):
         assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+def test_on_an_exported_module_outputs_and_gradients_are_those_of_wrap(ratio, x):
+    torch.manual_seed(0)
+    model = Net().eval()
+    exported = torch.export.export(copy.deepcopy(model), (x,)).module()
+    graph, wrapped = insert_gates(exported), wrap(model)
+    for each in (graph, wrapped):
+        with at_keep_ratio(each, ratio):
+            each.zero_grad()
+            (each(x) ** 2).sum().backward()
+    with at_keep_ratio(graph, ratio), at_keep_ratio(wrapped, ratio):
+        assert torch.equal(graph(x), wrapped(x))
+    mine, theirs = dict(graph.named_parameters()), dict(wrapped.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name].grad, theirs[name].grad) for name in mine)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+@pytest.mark.parametrize("whose", ["torchvision", "timm"])
+def test_feature_extractors_give_the_features_of_a_wrapped_model(whose, ratio):
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 64, 64)
+    if whose == "torchvision":
+        model = torchvision.models.resnet18().eval()
+        extractor = create_feature_extractor(copy.deepcopy(model), ["layer1", "layer2"])
+        stages = [model.layer1, model.layer2]
+    else:
+        model = timm.create_model("resnet10t").eval()
+        extractor = timm_extractor(copy.deepcopy(model), {"layer1": "layer1", "layer2": "layer2"})
+        stages = [model.layer1, model.layer2]
+    graph = insert_gates(extractor).eval()
+    seen = []
+    for stage in stages:
+        stage.register_forward_hook(lambda *call: seen.append(call[-1]))
+    wrap(model)
+    with at_keep_ratio(model, ratio), at_keep_ratio(graph, ratio):
+        model(x)
+        found = graph(x)
+    assert [*found] == ["layer1", "layer2"]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.values(), seen, strict=True))
+    sum(each.sum() for each in seen).backward()
+    sum(each.sum() for each in found.values()).backward()
+    grads = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    mine = {name: each.grad for name, each in graph.named_parameters() if each.grad is not None}
+    assert mine.keys() == grads.keys()
+    assert all(torch.equal(mine[name], grads[name]) for name in mine)
 
 
 def test_feature_extractors_can_be_gated():
