@@ -63,12 +63,13 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     gate = gate_of(model)
     root, prefix = _root_of(model, gate)
     census = _Census(root)
-    watching, gate.observers = gate.observers, [census.saw_gate]
+    watching = gate.observers, gate.listeners
+    gate.observers, gate.listeners = [census.saw_gate], []
     try:
         with untouched(model), gate.uncounted(), torch.compiler.set_stance("force_eager"), census.watching():
             model(*args, **kwargs)
     finally:
-        gate.observers = watching
+        gate.observers, gate.listeners = watching
     gated = dict.fromkeys(site.name for site in census.gated_sites)
     idle = [site.name for site in gate.sites if site.name not in gated and f"{site.name}.".startswith(prefix)]
     sites = {site.name for site in gate.sites}
