@@ -8,7 +8,6 @@ units survive is the business of ``topk``.
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regimewrap import recompute
+from regimewrap.compiled import notice_hooks
 from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
 from regimewrap.network import NetworkThreshold
 from regimewrap.policy import RegimePolicy, require_ratio
@@ -137,7 +137,7 @@ class TopKGate:
         if self.network is not None:
             root = self._root() if self._root is not None else None
             self.network.aim({each.device for each in root.parameters()} if root is not None else ())
-        notice_hooks_when_compiled()
+        notice_hooks()
 
     def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
         """Cut at fixed thresholds instead of selecting, in train and eval mode and whatever the keep ratio.
@@ -155,7 +155,7 @@ class TopKGate:
             if name not in names:
                 raise PolicyError(f"no gated site is called {name!r}; sites are {', '.join(names[:8])}.")
         self.thresholds = None if thresholds is None else dict(thresholds)
-        notice_hooks_when_compiled()
+        notice_hooks()
 
     def acts(self, training: bool) -> bool:
         """Say whether a site may change anything now, or somebody watches; if not, a fused kernel may bypass it.
@@ -329,20 +329,6 @@ class SiteGate:
             self.gate.after_relu(y, training)
             return y
         return self(function(x), training)
-
-
-def notice_hooks_when_compiled() -> None:
-    """Have compiled code look at hooks; what was compiled before, and does not, is forgotten.
-
-    All models of a class share their compiled code. Unless told otherwise it is run without a look at hooks, so that
-    a wrapped model would run the code of a bare one that was compiled first, without a gate (pytorch #117758).
-    """
-    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds; nothing is compiled before somebody did
-    if dynamo is None or torch.compiler.is_compiling() or not dynamo.config.skip_nnmodule_hook_guards:
-        return
-    dynamo.config.skip_nnmodule_hook_guards = False
-    if dynamo.convert_frame.input_codes.seen:
-        torch.compiler.reset()
 
 
 def find_gate(model: nn.Module) -> TopKGate | None:

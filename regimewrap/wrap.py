@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from regimewrap.compiled import notice_hooks
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate import TopKGate, at_keep_ratio, find_gate, notice_hooks_when_compiled, whole_of
+from regimewrap.gate import TopKGate, at_keep_ratio, find_gate, whole_of
 from regimewrap.policy import RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
@@ -228,7 +229,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _forget_compiled(model: nn.Module) -> None:
-    notice_hooks_when_compiled()
+    notice_hooks()
     # What this model runs was compiled for the other state of it.
     compiled = _is_compiled(model) or any(module._compiled_call_impl is not None for module in model.modules())
     if compiled:

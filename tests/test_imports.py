@@ -17,7 +17,7 @@ ADAPTERS = Path(__file__).parents[1] / "integrations"  # regimewrap.integrations
 
 # A room imports from rows above its own, and from itself. "regimewrap" is the front door, __init__.py.
 ORDER = [
-    {"_version", "errors", "recompute", "results"},
+    {"_version", "compiled", "errors", "recompute", "results"},
     {"ranks", "settings", "topk"},
     {"strategies"},
     {"network", "policy"},

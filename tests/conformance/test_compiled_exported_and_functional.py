@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from specimens import POLICY, WRITINGS, Hooked, Rewritten, Traced, assert_same, bare, by_hand, gradients, wrapped
@@ -86,6 +89,24 @@ def test_a_bare_model_that_is_compiled_first_does_not_lend_its_code(make, wrappe
         gate_of(model).set_keep_ratio(0.3)
         torch.testing.assert_close(compiled(x), by_hand(bare(make), x))
         assert torch.equal(dense(x), plain(x))
+
+
+def test_a_model_that_was_wrapped_before_there_was_a_compiler_does_not_get_a_bare_one_s_code():
+    """In a fresh process: here the compiler has been imported long ago."""
+    script = """
+import sys, torch, regimewrap
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 4))
+x, bare, wrapped = torch.randn(5, 8), make(), regimewrap.wrap(make())
+regimewrap.gate_of(wrapped).set_keep_ratio(0.1)
+assert "torch._dynamo" not in sys.modules
+dense = torch.compile(bare, backend="eager")(x)
+gated = torch.compile(wrapped, backend="eager")(x)
+assert torch.equal(dense, bare(x))
+assert torch.equal(gated, wrapped(x)) and not torch.equal(gated, dense)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
 
 
 @every_writing

@@ -1,0 +1,55 @@
+"""What ``torch.compile`` must be told so that compiled code never misses a gate; knows nothing of gates or models.
+
+All models of a class share their compiled code. Unless told otherwise it is run without a look at hooks, so that a
+wrapped model would run the code of a bare one that was compiled first (pytorch #117758). Importing the compiler takes
+seconds, so where it is not yet there, it is told as soon as somebody imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_CONFIG = "torch._dynamo.config"
+
+
+def notice_hooks() -> None:
+    """Have compiled code look at hooks, now or once there is a compiler; what was compiled before is forgotten."""
+    config: Any = sys.modules.get(_CONFIG)
+    if config is None:
+        if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _OnImport())
+        return
+    if torch.compiler.is_compiling() or not config.skip_nnmodule_hook_guards:
+        return
+    config.skip_nnmodule_hook_guards = False
+    if torch._dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
+
+
+class _OnImport:
+    """Finds the compiler's settings like everybody, and changes one as soon as they are loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _CONFIG:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            load = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                module.skip_nnmodule_hook_guards = False
+
+            loader.exec_module = exec_module
+        return spec
