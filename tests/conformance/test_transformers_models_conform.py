@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -57,8 +58,13 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
 
 
+def mamba() -> nn.Module:
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=2)
+    return transformers.MambaForCausalLM(config)
+
+
 every_model = pytest.mark.parametrize("make", [bert, roberta, esm, xlm, llama, mixtral, gpt2])
-causal = pytest.mark.parametrize("make", [llama, mixtral, gpt2])
+causal = pytest.mark.parametrize("make", [llama, mixtral, gpt2, mamba])
 
 
 def made(make) -> nn.Module:
@@ -112,6 +118,19 @@ def test_the_local_gelu_of_esm_is_gated_or_reported():
     coverage = verify(model, input_ids=TOKENS)
     assert not coverage.escaped
     assert sum("gelu" in name or "intermediate" in name for name in coverage.gated) >= 2
+
+
+def test_the_convolution_of_mamba_is_gated_in_a_copy_of_its_function():
+    model, plain = wrapped(mamba), made(mamba)
+    coverage = verify(model, input_ids=TOKENS)
+    assert not coverage.escaped, coverage
+    assert set(coverage.gated) == {f"backbone.layers.{i}.mixer.forward.causal_conv1d_fn.ACT2FN" for i in range(2)}
+    dense, sparse = logits(plain), logits(model)
+    assert not torch.equal(sparse, dense)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert torch.equal(logits(other), sparse)
+    assert torch.equal(logits(plain), dense)
+    assert torch.equal(logits(unwrap(model)), dense)
 
 
 def test_the_tanh_of_a_pooler_and_attention_weights_are_left_alone():
