@@ -51,7 +51,10 @@ class Dataflow:
     def graph(self, path: str) -> fx.Graph | None:
         """Return the graph of a module's own forward, or ``None`` if that cannot be followed."""
         if path not in self._graphs:
-            self._graphs[path] = _follow(self.model.get_submodule(path))
+            module = self.model.get_submodule(path)
+            graph = _follow(module)
+            # Modules that look alike may still differ further down.
+            self._graphs[path] = graph if graph is None or _fits(graph, module) else _trace(module)
         return self._graphs[path]
 
     def calls(self, path: str) -> list[tuple[str, fx.Node]]:
@@ -80,7 +83,7 @@ class Dataflow:
 
     def origin(self, path: str, node: fx.Node, depth: int = 0) -> Origin:
         """Say where a value of the module at ``path`` comes from."""
-        if depth > _BACK:
+        if depth > _BACK or (node.op == "call_function" and name_of(node).startswith(("rand", "normal"))):
             return "features"
         if node.op == "get_attr" or reads_shape(node):
             return "constant"
@@ -98,8 +101,7 @@ class Dataflow:
         found = self._widest(((path, each) for each in node.all_input_nodes), depth + 1)
         if found is None:
             # A function makes a constant of nothing; a layer that is given nothing was traced without its input.
-            made = node.op == "call_function" and not name_of(node).startswith(("rand", "normal"))
-            return "constant" if made else "features"
+            return "constant" if node.op == "call_function" else "features"
         return "pooled" if pooled and found == "features" else found
 
     def given(self, path: str, placeholder: fx.Node) -> list[tuple[str, fx.Node]]:
@@ -286,6 +288,24 @@ class _Recorded(TorchFunctionMode):
         return self._tracer.create_proxy("call_function", func, args, kwargs or {})
 
 
+def _parts(module: nn.Module) -> tuple[object, ...]:
+    """Return what a module's code may call by name: its children, and those of containers among them."""
+    return tuple(
+        (name, type(child), _parts(child) if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else ())
+        for name, child in module._modules.items()
+    )
+
+
+def _fits(graph: fx.Graph, module: nn.Module) -> bool:
+    """Say whether a module has all children that a graph calls."""
+    try:
+        for node in graph.find_nodes(op="call_module"):
+            module.get_submodule(str(node.target))
+    except AttributeError:
+        return False
+    return True
+
+
 _FOLLOWED: dict[object, fx.Graph | None] = {}
 
 
@@ -293,7 +313,7 @@ def _follow(module: nn.Module) -> fx.Graph | None:
     """Return the graph of a module's own forward, traced once for modules that are built alike; only to be read."""
     if isinstance(module, fx.GraphModule):
         return module.graph
-    children = tuple((name, type(child)) for name, child in module._modules.items())
+    children = _parts(module)
     absent = tuple(name for name, each in (*module._parameters.items(), *module._buffers.items()) if each is None)
     plain = tuple((name, type(value), value) for name, value in module.__dict__.items() if isinstance(value, _PLAIN))
     key = (type(module), children, absent, plain)

@@ -531,3 +531,32 @@ class Spelled(nn.Module):
             sparse = model(x)
         assert ((sparse == before) | (sparse == 0)).all()
         assert (sparse != 0).sum() == before.numel() // 2
+
+
+def test_modules_that_differ_in_the_length_of_a_list_are_followed_apart():
+    class Stack(nn.Module):
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.branches = nn.ModuleList([Weigher(4) for _ in range(length)])
+
+        def forward(self, x):
+            for branch in self.inner.branches:
+                x = branch(x)
+            return x
+
+    rows = plan(nn.Sequential(Stack(1), Stack(3), Stack(2))).rows
+    assert sum("all it feeds is a gate" in row.why for row in rows) == 6
+
+
+def test_what_is_computed_from_noise_is_not_constant():
+    class Generator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            noise = torch.randn(x.shape, dtype=x.dtype)
+            return x + F.relu(self.linear(noise))
+
+    assert chosen(Generator()) == {"forward.relu": True}
