@@ -42,16 +42,26 @@ class Dataflow:
 
     Args:
         model: read only; forward code is traced, not run.
+
+    Attributes:
+        modules: the model's, by all of their dotted names.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self._graphs: dict[str, fx.Graph | None] = {}
+        self._calls: dict[str, list[tuple[str, fx.Node]]] = {}
+
+    def module(self, path: str) -> nn.Module:
+        """Return what a dotted name stands for; quicker than asking the model each time."""
+        found = self.modules.get(path)
+        return self._model.get_submodule(path) if found is None else found
 
     def graph(self, path: str) -> fx.Graph | None:
         """Return the graph of a module's own forward, or ``None`` if that cannot be followed."""
         if path not in self._graphs:
-            module = self.model.get_submodule(path)
+            module = self.module(path)
             graph = _follow(module)
             # Modules that look alike may still differ further down.
             self._graphs[path] = graph if graph is None or _fits(graph, module) else _trace(module)
@@ -59,6 +69,11 @@ class Dataflow:
 
     def calls(self, path: str) -> list[tuple[str, fx.Node]]:
         """Return the calls of a module, each with the caller's dotted name; none if they cannot be followed."""
+        if path not in self._calls:
+            self._calls[path] = self._find_calls(path)
+        return self._calls[path]
+
+    def _find_calls(self, path: str) -> list[tuple[str, fx.Node]]:
         parts = path.split(".") if path else []
         for length in range(len(parts) - 1, -1, -1):
             caller = ".".join(parts[:length])
@@ -66,7 +81,7 @@ class Dataflow:
             found = graph.find_nodes(op="call_module", target=".".join(parts[length:])) if graph is not None else ()
             if found:
                 return [(caller, node) for node in found]
-            if graph is None and not _is_container(self.model.get_submodule(caller)):
+            if graph is None and not _is_container(self.module(caller)):
                 break
         return []
 
@@ -91,7 +106,7 @@ class Dataflow:
             return self._widest(self.given(path, node), depth + 1) or "features"
         if node.op == "call_module":
             inner = f"{path}.{node.target}" if path else str(node.target)
-            child = self.model.get_submodule(inner)
+            child = self.module(inner)
             graph = None if is_layer(child) else self.graph(inner)
             if graph is not None:
                 return self.origin(inner, graph.output_node(), depth + 1)
@@ -124,7 +139,7 @@ class Dataflow:
         """Return the values that a call passes for the placeholder at ``place``."""
         if place < len(call.args):
             return _nodes(call.args[place])
-        names = list(inspect.signature(_forward(self.model.get_submodule(path))).parameters)[1:]
+        names = list(inspect.signature(_forward(self.module(path))).parameters)[1:]
         return _nodes(call.kwargs.get(names[place])) if place < len(names) else []
 
 

@@ -67,7 +67,6 @@ class Purpose:
         self._shapes = shapes or Shapes()
         self._flow = Dataflow(model)
         self._holding: dict[str, bool] = {}
-        self._paths = {name for name, _ in model.named_modules(remove_duplicate=False)}
 
     def left_alone(self, activation: Activation) -> str | None:
         """Return why an activation is to be left alone, in words, or ``None`` if it makes hidden features."""
@@ -104,9 +103,9 @@ class Purpose:
     def _calls(self, activation: Activation) -> list[tuple[str, fx.Node]]:
         """Return where the activation is computed, each with the dotted name of the module that does it."""
         path = activation.module
-        if path not in self._paths:
+        if path not in self._flow.modules:
             return []  # made during the forward pass
-        module = self._model.get_submodule(path)
+        module = self._flow.module(path)
         if isinstance(module, fx.GraphModule) and activation.method is None:
             name = activation.node or activation.name
             return [(path, node) for node in module.graph.nodes if node.name == name and node.op != "call_module"]
@@ -137,7 +136,7 @@ class Purpose:
         return None
 
     def _by_name(self, activation: Activation) -> str | None:
-        if activation.module not in self._paths:
+        if activation.module not in self._flow.modules:
             return None  # made during the forward pass
         parts = activation.module.split(".") if activation.module else []
         for length in range(len(parts) + 1):
@@ -152,7 +151,7 @@ class Purpose:
 
     def _holds_gate(self, path: str) -> bool:
         if path not in self._holding:
-            inside = self._model.get_submodule(path).modules() if path else (self._model, *self._model.children())
+            inside = self._flow.module(path).modules() if path else (self._model, *self._model.children())
             self._holding[path] = any(_is_gate(module) for module in inside)
         return self._holding[path]
 
@@ -166,7 +165,7 @@ class Purpose:
             yield "unknown"
             return
         for user in node.users:
-            kind = catalog.kind_of_node(user, self._model.get_submodule(path))
+            kind = catalog.kind_of_node(user, self._flow.module(path))
             if user.op == "output":
                 yield from self._after(path, pooled, depth)
             elif reads_shape(user) or name_of(user).startswith("_assert"):
@@ -205,7 +204,7 @@ class Purpose:
     def _through(self, path: str, node: fx.Node, call: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
         """Go on inside the child that is called with the value."""
         inner = f"{path}.{call.target}" if path else str(call.target)
-        child = self._model.get_submodule(inner)
+        child = self._flow.module(inner)
         if is_layer(child):
             yield from self._ends(path, call, pooled, depth + 1)
             return
@@ -239,7 +238,7 @@ class Purpose:
         return False
 
     def _drops_out(self, path: str, call: fx.Node) -> bool:
-        child = self._model.get_submodule(path).get_submodule(str(call.target))
+        child = self._flow.module(path).get_submodule(str(call.target))
         return is_layer(child) and next(child.parameters(), None) is None
 
 
