@@ -112,6 +112,8 @@ def step_rows(batch: int) -> list[dict[str, object]]:
 
 def main() -> None:
     options = arguments(__doc__, batch=128, steps=1)
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_speed measures on a GPU, and torch sees none here; see torch.cuda.is_available().")
     print(torch.cuda.get_device_name())  # noqa: T201
     for dtype in (torch.float32, torch.bfloat16):
         show(kernel_rows(options.batch, dtype), options)

@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from regimewrap.errors import DataError
 from regimewrap.recipes.outputs import claimed_folder
 
@@ -34,9 +36,10 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "bert": ["--model", "bert"],
         "wrn-compiled": ["--model", "wrn", "--compile", "1"],
     },
-    "saved_bytes": {model: ["--model", model] for model in ("wrn", "vit", "bert")},
+    "saved_bytes": {model: ["--model", model] for model in ("wrn", "functions", "vit", "bert")},
 }
 PICTURE = {"gate_scaling": "gate-scaling.png"}
+ON_GPUS = {"gpu_speed"}  # left out where there is none, unless it is named
 SLOW = {"step_speed-wrn-batch-128"}  # a minute a round: not part of a quick run
 COMPARE = {"<=": operator.le, ">=": operator.ge}
 CRASHED = 3
@@ -89,7 +92,8 @@ def choose(only: Sequence[str], quick: bool) -> dict[str, list[str]]:
     """Return the benchmarks asked for, in their order."""
     known = benchmarks()
     if not only:
-        return {name: command for name, command in known.items() if not (quick and name in SLOW)}
+        left_out = (SLOW if quick else set()) | (set() if torch.cuda.is_available() else ON_GPUS)
+        return {name: command for name, command in known.items() if name not in left_out}
     names = [*known, *VARIANTS]
     for name in only:
         if name not in names:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from regimewrap import cli
 from regimewrap.errors import DataError
@@ -128,3 +129,11 @@ def test_outside_a_checkout_the_command_says_where_to_run_it(regimewrap, monkeyp
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
     assert "in the top folder of a checkout" in outcome.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+def test_what_needs_a_gpu_is_left_out_where_there_is_none_unless_it_is_named(bench, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", SCRIPT.parent)
+    assert "gpu_speed" in bench.benchmarks()
+    assert "gpu_speed" not in bench.choose([], quick=False)
+    assert list(bench.choose(["gpu_speed"], quick=False)) == ["gpu_speed"]
