@@ -172,7 +172,9 @@ def test_another_model_or_policy_is_refused_with_both_sides_shown(calibration, o
 
 
 def test_settings_that_thresholds_do_not_depend_on_may_differ(calibration):
-    calibration.apply(wrapped(gradient="straight_through", eval_keep_ratio=0.5), 0.2)
+    model = wrapped(gradient="straight_through", eval_keep_ratio=0.5)
+    calibration.apply(model, 0.2)
+    assert gate_of(model).thresholds == calibration.thresholds(0.2)
 
 
 def test_a_bare_model_is_refused(calibration):
