@@ -26,6 +26,8 @@ _SAMPLES = ((1 << 18, 1 << 14), (1 << 12, 1 << 12))
 _BLOCK = 1 << 13
 #: Rows so few and long that one program for each would leave the device idle.
 _FEW, _LONG = 16, 1 << 20
+#: Units in a row that a kernel does not count.
+_TOO_LONG = 1 << 30
 #: Programs in a grid.
 _MOST_PROGRAMS = (1 << 31) - 1
 
@@ -98,7 +100,10 @@ def _launch(
 ) -> _Launch | None:
     """Say how a dense tensor like this is gated; ``None`` if no kernel serves it."""
     rows = memory_rows(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), selection)
-    if rows is None or rows[1] >= 1 << 30:  # more than a kernel counts
+    if rows is None:
+        return None
+    if rows[1] >= _TOO_LONG:
+        _tell_of_long_rows()
         return None
     outer, units, inner = rows
     kernels: Any = _state["kernels"]
@@ -184,10 +189,25 @@ def _kernels() -> ModuleType | None:
 def _give_up(error: Exception) -> None:
     """Fall back to plain torch for the rest of the process, and say so once."""
     _state["usable"] = False
-    text = str(error).strip().splitlines()
     warnings.warn(
-        "regimewrap selects on the GPU in plain torch: same results, several times slower "
-        f"({type(error).__name__}: {text[0] if text else 'no message'}).",
+        f"regimewrap selects on the GPU in plain torch: same results, several times slower ({reason(error)}).",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why there is no kernel, and what to do if that is known."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return "Triton is not installed; run: pip install triton"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+@functools.cache
+def _tell_of_long_rows() -> None:
+    warnings.warn(
+        f"regimewrap selects on the GPU in plain torch among {_TOO_LONG} units or more: same results, slower.",
         RuntimeWarning,
         stacklevel=2,
     )

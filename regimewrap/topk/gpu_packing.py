@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regimewrap.topk.gpu import reason
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _state: dict[str, Any] = {"kernels": None, "usable": True}
@@ -68,10 +70,8 @@ def _kernels() -> ModuleType | None:
 def _give_up(error: Exception) -> None:
     """Pack in plain torch for the rest of the process, and say so once."""
     _state["usable"] = False
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     warnings.warn(
-        f"regimewrap packs activations on the GPU in plain torch: same results, slower ({type(error).__name__}: "
-        f"{reason}).",
+        f"regimewrap packs activations on the GPU in plain torch: same results, slower ({reason(error)}).",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -247,3 +247,15 @@ def test_a_kernel_that_does_not_build_gives_one_warning_and_the_plain_result(mon
         warnings.simplefilter("error")
         assert not gpu.gate(x, y, nothing, 0.5, Selection())
     gpu._state["usable"] = True
+
+
+def test_rows_that_no_kernel_counts_and_a_missing_triton_are_told_of(monkeypatch):
+    monkeypatch.setattr(gpu, "_TOO_LONG", 100)
+    gpu._tell_of_long_rows.cache_clear()
+    with pytest.warns(RuntimeWarning, match="among 100 units or more"):
+        assert gpu._launch((2, 100), (100, 1), torch.float32, False, Selection()) is None
+    assert (
+        gpu._launch((3, 100), (100, 1), torch.float32, False, Selection()) is None
+    )  # a second warning would be an error
+    gpu._tell_of_long_rows.cache_clear()
+    assert "pip install triton" in gpu.reason(ModuleNotFoundError("No module named 'triton'", name="triton"))
