@@ -81,6 +81,7 @@ class TopKGate:
             ``set_keep_ratio``. A backward pass keeps to the ratio of its forward pass, also where activation
             checkpointing computes that again; only a checkpoint around compiled code cannot know it, so there change
             the ratio between a backward pass and the next forward pass, as the cycler does.
+            A CUDA graph that somebody records by hand keeps the ratio it was recorded at.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
