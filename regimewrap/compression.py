@@ -180,7 +180,7 @@ class _Keeper:
         storage = after.untyped_storage()._cdata
         gated = self._note(after)
         with torch.no_grad():
-            saved = self._dense.get(storage)  # by the gate itself, or by the ReLU that was gated on its input
+            saved = self._dense.get(storage)  # by the gate
             if saved is not None and isinstance(saved.kept, _Dense) and gated.version == saved.kept.version:
                 saved.kept = self._view(saved.kept.saved, gated)
                 del self._dense[storage]

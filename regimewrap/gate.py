@@ -22,7 +22,7 @@ from regimewrap.compiled import notice_hooks
 from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
 from regimewrap.network import NetworkThreshold
 from regimewrap.policy import RegimePolicy, require_ratio
-from regimewrap.topk.op import pre_relu_gate, topk_gate
+from regimewrap.topk.op import relu_gate, topk_gate
 
 #: The attribute of a wrapped model's ``__dict__`` that holds its gate.
 GATE_ATTRIBUTE = "_regimewrap"
@@ -51,7 +51,7 @@ Observer = Callable[[Site, Tensor, Tensor], None]
 Recorder = Callable[[Site, Tensor, Tensor], float]
 
 #: Called wherever a gate cut something, outside compiled code, with the activation's output and what the gate made of
-#: it; these are one tensor at a ReLU that was gated on its input.
+#: it; these are one tensor at a ReLU that was gated in one operation.
 Listener = Callable[[Tensor, Tensor], None]
 
 
@@ -198,20 +198,22 @@ class TopKGate:
         for listen in self.listeners:
             listen(x, y)
 
-    def after_relu(self, y: Tensor, training: bool) -> None:
-        """Take notice of a gated activation, made by a ReLU of what ``before_relu`` returned."""
-        if not torch.compiler.is_compiling() and self.listeners and self.acts(training):
-            self.tell(y, y)
-
     @property
-    def selects_before_relu(self) -> bool:
-        """Whether a ReLU is gated on its input, which saves nothing for backward; its output is the same."""
+    def fuses_relu(self) -> bool:
+        """Whether a ReLU and the gate behind it are one operation now, which saves what the ReLU alone would save."""
         now = self._in_force()
         return self._masked and not now.watched and now.thresholds is None
 
-    def before_relu(self, x: Tensor, site: Site, training: bool) -> Tensor:
-        """Return what gives, after a ReLU, the gated activation; arguments as for ``__call__``, ``x`` its input."""
-        return self._select(x, site, training, pre_relu_gate)
+    def relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
+        """Return the gated ``function(x)``, a ReLU that makes a new tensor; arguments as for ``__call__``."""
+        if not self.fuses_relu:
+            return self(function(x), site, training)
+        y = self._select(x, site, training, relu_gate)
+        if y is x:  # a site that is left alone now
+            return function(x)
+        if self.listeners and self.acts(training):
+            self.tell(y, y)
+        return y
 
     def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
         now = self._in_force()
@@ -225,7 +227,7 @@ class TopKGate:
             counted = training and not now.forced and self._counts
             in_eval = not (training or now.forced)
             try:
-                return now.network.select(x, in_eval=in_eval, counted=counted, before_relu=select is pre_relu_gate)
+                return now.network.select(x, in_eval=in_eval, counted=counted, relu=select is relu_gate)
             except SelectionError as error:
                 raise SelectionError(f"{site.name}: {error}") from None
         channel_dim = site.channel_dim
@@ -324,12 +326,8 @@ class SiteGate:
         return self.gate(x, self.site, training)
 
     def relu(self, function: Callable[..., Tensor], x: Tensor, training: bool) -> Tensor:
-        """Return the gated ``function(x)``, a ReLU that makes a new tensor: on its input if that is as good."""
-        if self.gate.selects_before_relu:
-            y = function(self.gate.before_relu(x, self.site, training))
-            self.gate.after_relu(y, training)
-            return y
-        return self(function(x), training)
+        """Return the gated ``function(x)``, a ReLU; see ``TopKGate.relu``."""
+        return self.gate.relu(function, x, self.site, training)
 
 
 def find_gate(model: nn.Module) -> TopKGate | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regimewrap import ranks
 from regimewrap.topk.selection import Selection, check_selection
-from regimewrap.topk.threshold import BINS, count_scores, pre_relu_threshold_gate, threshold_at, threshold_gate
+from regimewrap.topk.threshold import BINS, count_scores, relu_threshold_gate, threshold_at, threshold_gate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,14 +55,14 @@ class NetworkThreshold:
         self.known = torch.zeros((), dtype=torch.bool, device="cpu")
         self._devices: dict[torch.device, _There] = {}
 
-    def select(self, x: Tensor, *, in_eval: bool, counted: bool, before_relu: bool) -> Tensor:
+    def select(self, x: Tensor, *, in_eval: bool, counted: bool, relu: bool) -> Tensor:
         """Gate one tensor at the threshold, or among its samples' units as long as there is none.
 
         Args:
             x: floating point, any shape and device.
             in_eval: whether the ratio for eval mode holds.
             counted: whether this is a part of a training step.
-            before_relu: ``x`` goes into a ReLU, whose output is to be gated.
+            relu: apply a ReLU to ``x`` first.
 
         Raises:
             SelectionError: ``x`` is not a tensor that can be gated.
@@ -71,12 +71,12 @@ class NetworkThreshold:
         there = self._on(x.device)
         # Inside a backward pass this is a recomputation of what was counted before.
         if counted and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0):
-            count_scores(x, there.counts, after_relu=before_relu)
+            count_scores(x, there.counts, after_relu=relu)
         ratio, threshold = self.keep_ratio, there.threshold
         if in_eval and self.eval_ratio is not None:
             ratio, threshold = self.eval_ratio, there.eval_threshold
-        if before_relu:
-            return pre_relu_threshold_gate(x, ratio, threshold, self.known, relative_to=self.relative_to)
+        if relu:
+            return relu_threshold_gate(x, ratio, threshold, self.known, relative_to=self.relative_to)
         return threshold_gate(x, ratio, threshold, self.known, relative_to=self.relative_to, gradient=self.gradient)
 
     def aim(self, devices: Iterable[torch.device] = ()) -> None:

@@ -81,7 +81,7 @@ def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = 
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
 
     Returns:
-        The same object. What changes on it: activation modules get forward hooks (a ReLU a pre-hook too); a module
+        The same object. What changes on it: activation modules get forward hooks (a ReLU its ``forward`` too); a module
         whose methods call an activation function gets a subclass of its class with the same name, in which these
         methods are rewritten; an activation that something outside the model holds too is replaced by a copy; the
         model itself gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number

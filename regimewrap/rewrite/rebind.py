@@ -30,6 +30,7 @@ RELU_METHOD = "_regimewrap_relu"
 #: How it calls a plain function in a copy with gates: ``self._regimewrap_copy(function, (planned, copy))(value)``.
 COPY_METHOD = "_regimewrap_copy"
 _F_RELU, _TORCH_RELU = F.relu, torch.relu
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FUSED = "_regimewrap_fused"
 _BASE = "_regimewrap_base"
 _METHODS = "_regimewrap_methods"
@@ -120,17 +121,16 @@ def _gate(self: nn.Module, value: Tensor, index: int) -> Tensor:
 
 
 def is_relu(function: object) -> bool:
-    """Say whether calling something gives a ReLU in a new tensor; one that somebody put in its place does not count."""
+    """Say whether a call is a ReLU into a new tensor and nothing else; one that somebody put in its place is not."""
     if function is _F_RELU or function is _TORCH_RELU:
         return True
-    return type(function) is nn.ReLU and not function.inplace
+    if type(function) is not nn.ReLU or function.inplace or "forward" in function.__dict__:
+        return False
+    return not any(getattr(function, hooks) for hooks in _HOOKS)
 
 
 def _relu(self: nn.Module, function: Any, value: Tensor, index: int, **options: Any) -> Tensor:
-    """Call what was a ReLU when the plan was made, and gate it: on its input if it is one still.
-
-    Gated on its output a ReLU costs memory, since it saves that output for backward beside the gated one.
-    """
+    """Call what was a ReLU when the plan was made, and gate it: in one operation if it is one still."""
     if isinstance(function, str):
         function = F.relu if function == "F.relu" else torch.relu
     if options and not is_relu(function):

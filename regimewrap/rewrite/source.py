@@ -59,7 +59,7 @@ class SourceRecipe:
         owner: name of the class that defines the method, for mangled names; empty for a plain function.
         gated: where each call stands, with the index of its site gate.
         kept: where calls stand whose result the method drops because they work in place; it is assigned instead.
-        relus: where calls stand, among ``gated``, of a ReLU that may be gated on its input.
+        relus: where calls stand, among ``gated``, of a ReLU that may be one operation with its gate.
         redirects: the plain functions that are called in a copy with gates.
     """
 

@@ -105,31 +105,6 @@ def relu_gate(
     return y
 
 
-def pre_relu_gate(
-    x: Tensor,
-    keep_ratio: Tensor,
-    *,
-    scope: str = "sample",
-    channel_dim: int = 1,
-    relative_to: str = "all",
-    ties: str = "keep",
-    multiplier: float = 1.0,
-) -> Tensor:
-    """Return a tensor whose ReLU is ``topk_gate(relu(x), ...)``; for use in front of a ReLU that cannot be replaced.
-
-    Arguments and errors are those of :func:`topk_gate`, with gradient "masked". The gradient passes unchanged and
-    nothing is saved for backward: what is cut enters the ReLU as zero, so that the ReLU's own backward masks it.
-    Without a ReLU behind it, the gradient would be wrong. At full budget, outside compilation, the result is ``x``.
-    """
-    selection = Selection(scope, channel_dim, "value", relative_to, ties)
-    check_selection(x, selection, multiplier)
-    check_keep_ratio(keep_ratio)
-    if _gives_full_budget(keep_ratio):
-        return x
-    y: Tensor = _select(x, keep_ratio, *selection._replace(score="positive"), multiplier, "nothing")[0]
-    return y
-
-
 def check_keep_ratio(keep_ratio: Tensor) -> None:
     """Refuse a keep ratio that the operator could not read without waiting for a device, or would round.
 

@@ -114,18 +114,18 @@ def threshold_gate(
     return y
 
 
-def pre_relu_threshold_gate(
+def relu_threshold_gate(
     x: Tensor, keep_ratio: Tensor, threshold: Tensor, known: Tensor, *, relative_to: str = "all"
 ) -> Tensor:
-    """Return a tensor whose ReLU is ``threshold_gate(relu(x), ...)``; for use in front of a ReLU.
+    """Return ``threshold_gate(relu(x), ...)`` in one pass, saving for backward no more than ReLU alone does.
 
-    Arguments and errors are those of :func:`threshold_gate`, with gradient "masked". As with
-    :func:`regimewrap.topk.op.pre_relu_gate`, the ReLU's own backward does the masking and nothing more is saved for it.
+    Arguments and errors are those of :func:`threshold_gate`, with gradient "masked". At full budget, outside
+    compilation, it is ``relu(x)`` itself.
     """
     check_keep_ratio(keep_ratio)
     if _gives_full_budget(keep_ratio):
-        return x
-    y: Tensor = _apply(x, keep_ratio, threshold, known, relative_to, "positive", "nothing")[0]
+        return torch.relu(x)
+    y: Tensor = _apply(x, keep_ratio, threshold, known, relative_to, "positive", "output")[0]
     return y
 
 

@@ -6,7 +6,7 @@ At the three shapes of a WRN-28-4's activations. The published way ranks with ``
 and multiplies. What is "warm" writes into memory that it has written before; all else allocates as in training, where
 the first touch of new memory can cost more than the arithmetic. Columns: nanoseconds a unit of ``relu_gate``, warm and
 not; how many times longer the published way takes; ``relu_gate`` as a multiple of a ReLU, warm and not; the same for a
-gate before a ReLU module, and for one behind it.
+ReLU and a gate behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paired import Rounds, arguments, show
 from torch import Tensor
 
 from regimewrap.topk import cpu
-from regimewrap.topk.op import pre_relu_gate, relu_gate, topk_gate
+from regimewrap.topk.op import relu_gate, topk_gate
 from regimewrap.topk.selection import Selection
 
 SHAPES = ((64, 32, 32), (128, 16, 16), (256, 8, 8))
@@ -68,7 +68,6 @@ def main() -> None:
             contenders = {
                 "published": step(lambda x, k=keep_ratio: published_way(x, k), x, upstream),
                 "gate": step(lambda x, r=r: relu_gate(x, r), x, upstream),
-                "before": step(lambda x, r=r: torch.relu(pre_relu_gate(x, r)), x, upstream),
                 "behind": step(lambda x, r=r: topk_gate(torch.relu(x), r), x, upstream),
                 "relu": step(torch.relu, x, upstream),
                 "warm gate": warm_gate(x, upstream, keep_ratio),
@@ -84,7 +83,6 @@ def main() -> None:
                     "published/gate": times.ratio("published", "gate"),
                     "warm gate/warm relu": times.ratio("warm gate", "warm relu"),
                     "gate/relu": times.ratio("gate", "relu"),
-                    "before/relu": times.ratio("before", "relu"),
                     "behind/relu": times.ratio("behind", "relu"),
                 }
             )

@@ -48,7 +48,7 @@ STEPS = [
     (share, "_own_copy"),
     (hook, "attach"),
     (nn.Module, "register_forward_hook"),
-    (nn.Module, "register_forward_pre_hook"),
+    (hook.ReluForward, "__init__"),
     (rebind, "rebind"),
     (rebind, "_subclass"),
     (graph, "gate_graph_module"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regimewrap.topk.op import pre_relu_gate, relu_gate, topk_gate
+from regimewrap.topk.op import relu_gate, topk_gate
 
 SETTINGS = {
     "scope": st.sampled_from(["sample", "position", "batch"]),
@@ -38,12 +38,9 @@ def test_values_and_gradients_are_those_of_a_gate_behind_a_relu(selection, keep_
     expected = topk_gate(torch.relu(x), ratio(keep_ratio), **selection)
     expected_grad = torch.autograd.grad(expected, x, upstream)[0]
 
-    for y in (
-        relu_gate(x, ratio(keep_ratio), **selection),
-        torch.relu(pre_relu_gate(x, ratio(keep_ratio), **selection)),
-    ):
-        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(torch.autograd.grad(y, x, upstream)[0], expected_grad)
+    y = relu_gate(x, ratio(keep_ratio), **selection)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0], expected_grad)
 
 
 def test_a_straight_through_gradient_reaches_what_the_relu_let_through():
@@ -53,25 +50,20 @@ def test_a_straight_through_gradient_reaches_what_the_relu_let_through():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], (x > 0).float())
 
 
-def test_at_full_budget_they_are_the_relu_and_nothing():
+def test_at_full_budget_it_is_the_relu():
     x = torch.randn(3, 20)
-    assert pre_relu_gate(x, ratio(1.0)) is x
     assert torch.equal(relu_gate(x, ratio(1.0)), torch.relu(x))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_they_keep_one_graph(backend):
+def test_compiled_it_keeps_one_graph(backend):
     torch._dynamo.reset()
-
-    def function(x, r):
-        return relu_gate(x, r) + torch.relu(pre_relu_gate(x, r))
-
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    compiled = torch.compile(relu_gate, backend=backend, fullgraph=True)
     x = torch.randn(3, 20, requires_grad=True)
     compiled(x, ratio(1.0))
     with torch.compiler.set_stance("fail_on_recompile"):
         for keep_ratio in (1.0, 0.5, 0.1):
             y = compiled(x, ratio(keep_ratio))
-            assert torch.equal(y, 2 * topk_gate(torch.relu(x), ratio(keep_ratio)))
+            assert torch.equal(y, topk_gate(torch.relu(x), ratio(keep_ratio)))
             (grad,) = torch.autograd.grad(y.sum(), x)
-            assert torch.equal(grad, 2 * (y != 0).float())
+            assert torch.equal(grad, (y != 0).float())

@@ -19,7 +19,7 @@ from regimewrap.topk.threshold import (
     BINS,
     SHIFT,
     count_scores,
-    pre_relu_threshold_gate,
+    relu_threshold_gate,
     threshold_at,
     threshold_gate,
 )
@@ -115,17 +115,17 @@ def test_output_gradient_and_memory_format_are_those_of_the_reference(x, thresho
 
 @given(tensors(), thresholds)
 @settings(max_examples=150, deadline=None)
-def test_in_front_of_a_relu_it_is_the_gate_behind_it(x, threshold):
+def test_in_one_operation_with_a_relu_it_is_the_gate_behind_it(x, threshold):
     x.requires_grad_()
     upstream = torch.randn(x.shape).to(x.dtype)
 
     behind = threshold_gate(torch.relu(x), ratio(0.5), at(threshold), KNOWN)
-    before = torch.relu(pre_relu_threshold_gate(x, ratio(0.5), at(threshold), KNOWN))
+    fused = relu_threshold_gate(x, ratio(0.5), at(threshold), KNOWN)
 
-    assert torch.equal(bits_of(before + 0.0), bits_of(behind + 0.0))  # up to the sign of zeros
+    assert torch.equal(bits_of(fused + 0.0), bits_of(behind + 0.0))  # up to the sign of zeros
     kept = behind.detach() != 0  # a gate that keeps a zero lets no gradient through a relu either
     expected = torch.autograd.grad(behind, x, upstream)[0]
-    found = torch.autograd.grad(before, x, upstream)[0]
+    found = torch.autograd.grad(fused, x, upstream)[0]
     assert torch.equal(bits_of(found[kept]), bits_of(expected[kept]))
     assert not found[~kept].any()
 
@@ -178,10 +178,10 @@ def test_a_share_that_reaches_down_to_zeros_keeps_everything():
     assert threshold_at(counted(torch.full((5,), math.inf)), 0.5) == math.inf
 
 
-def test_full_budget_is_the_tensor_itself_whatever_the_threshold():
+def test_full_budget_is_the_tensor_or_its_relu_whatever_the_threshold():
     x = torch.randn(4, 9)
     assert threshold_gate(x, ratio(1.0), at(9.0), KNOWN) is x
-    assert pre_relu_threshold_gate(x, ratio(1.0), at(9.0), KNOWN) is x
+    assert torch.equal(relu_threshold_gate(x, ratio(1.0), at(9.0), KNOWN), torch.relu(x))
     compiled = torch.compile(lambda x: threshold_gate(x, ratio(1.0), at(9.0), KNOWN), backend="eager")
     assert torch.equal(compiled(x), x)
 
@@ -190,8 +190,8 @@ def test_without_a_threshold_samples_are_cut_by_themselves():
     x, unknown = torch.randn(4, 50), torch.tensor(data=False)
     expected = topk_gate(x, ratio(0.3), relative_to="active")
     assert torch.equal(threshold_gate(x, ratio(0.3), at(9.0), unknown, relative_to="active"), expected)
-    before = pre_relu_threshold_gate(x, ratio(0.3), at(9.0), unknown)
-    assert torch.equal(before.relu(), topk_gate(x.relu(), ratio(0.3)))
+    fused = relu_threshold_gate(x, ratio(0.3), at(9.0), unknown)
+    assert torch.equal(fused, topk_gate(x.relu(), ratio(0.3)))
 
 
 def test_a_straight_through_gradient_passes_to_all_units():
@@ -288,7 +288,7 @@ def test_recomputation_keeps_the_same_units(use_reentrant):
     assert torch.equal(x.grad, direct)
 
 
-def test_one_bit_a_unit_is_saved_and_nothing_in_front_of_a_relu():
+def test_one_bit_a_unit_is_saved_and_with_a_relu_nothing_but_its_output():
     def saved_by(function):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -298,5 +298,5 @@ def test_one_bit_a_unit_is_saved_and_nothing_in_front_of_a_relu():
     saved, _ = saved_by(lambda x: threshold_gate(x, ratio(0.5), at(0.5), KNOWN))
     assert [(t.dtype, t.numel()) for t in saved] == [(torch.uint8, 32)]
     assert not saved_by(lambda x: threshold_gate(x, ratio(0.5), at(0.5), KNOWN, gradient="straight_through"))[0]
-    saved, y = saved_by(lambda x: torch.relu(pre_relu_threshold_gate(x, ratio(0.5), at(0.5), KNOWN)))
+    saved, y = saved_by(lambda x: relu_threshold_gate(x, ratio(0.5), at(0.5), KNOWN))
     assert [t.data_ptr() for t in saved] == [y.data_ptr()]

@@ -1,4 +1,4 @@
-"""A ReLU called as a function is gated on its input, which saves nothing that the dense model does not save."""
+"""A ReLU called as a function and its gate are one operation, which saves nothing that the dense model does not."""
 
 from __future__ import annotations
 
