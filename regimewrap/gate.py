@@ -182,7 +182,7 @@ class TopKGate:
         """
         if not isinstance(x, Tensor):
             raise SelectionError(f"{site.name}: an activation returns a tensor; got {type(x).__name__}.")
-        y = self._select(x, site, training)
+        y = self._select(self._in_force(), x, site, training)
         if self._recorder is not None:
             y = self._cut(x, self._recorder(site, x, y))
         for observe in self.observers:
@@ -198,25 +198,25 @@ class TopKGate:
         for listen in self.listeners:
             listen(x, y)
 
-    @property
-    def fuses_relu(self) -> bool:
-        """Whether a ReLU and the gate behind it are one operation now, which saves what the ReLU alone would save."""
-        now = self._in_force()
-        return self._masked and not now.watched and now.thresholds is None
-
     def relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
-        """Return the gated ``function(x)``, a ReLU that makes a new tensor; arguments as for ``__call__``."""
-        if not self.fuses_relu:
+        """Return the gated ``function(x)``, a ReLU that makes a new tensor; arguments as for ``__call__``.
+
+        The two are one operation, which saves for backward what the ReLU alone would, unless somebody watches, or the
+        gradient or a fixed threshold asks for another.
+        """
+        now = self._in_force()
+        if not self._masked or now.watched or now.thresholds is not None:
             return self(function(x), site, training)
-        y = self._select(x, site, training, relu_gate)
+        y = self._select(now, x, site, training, relu_gate)
         if y is x:  # a site that is left alone now
             return function(x)
         if self.listeners and self.acts(training):
             self.tell(y, y)
         return y
 
-    def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
-        now = self._in_force()
+    def _select(
+        self, now: _Setting, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate
+    ) -> Tensor:
         if now.thresholds is not None:
             return self._cut(x, now.thresholds.get(site.name))
         if self._dense_in_eval and not training and not now.forced:

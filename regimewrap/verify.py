@@ -105,9 +105,9 @@ class _Census(TorchFunctionMode):
         self._seen: dict[int, Tensor] = {}
         self._shapes = Shapes()
 
-    def saw_gate(self, site: Site, before: Tensor, after: Tensor) -> None:  # noqa: ARG002  an Observer
+    def saw_gate(self, site: Site, before: Tensor, after: Tensor) -> None:  # an Observer
         self.gated_sites.append(site)
-        self._seen[id(before)] = before
+        self._seen |= {id(before): before, id(after): after}  # a ReLU module gates what it returns by itself
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -41,7 +41,7 @@ class ReluHook(GateHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Gate ``output`` unless it is gated."""
-        return output if _is_fused(module, self) else super().__call__(module, args, output)
+        return output if _gates_in_forward(module) else super().__call__(module, args, output)
 
 
 class ReluForward(_NotScriptable):
@@ -58,18 +58,19 @@ class ReluForward(_NotScriptable):
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  the name that torch gave it
         """Return the ReLU of ``input``, gated if the hook is still there and leaves it to us."""
         module = self.module
-        for hook in module._forward_hooks.values():
-            if type(hook) is ReluHook and _is_fused(module, hook):
-                return hook.gate.relu(F.relu, input, module.training)
+        if _gates_in_forward(module):
+            for hook in module._forward_hooks.values():
+                if type(hook) is ReluHook:
+                    return hook.gate.relu(F.relu, input, module.training)
         result: Tensor = type(module).forward(module, input)
         return result
 
 
-def _is_fused(module: nn.Module, hook: GateHook) -> bool:
+def _gates_in_forward(module: nn.Module) -> bool:
     # torch.ao puts the hooks of a ReLU that it fuses on the fused module; others put a forward of theirs around ours.
     if type(module) is not nn.ReLU or module.inplace or type(module.__dict__.get("forward")) is not ReluForward:
         return False
-    return nn.ReLU.forward is _FORWARD and F.relu is _RELU and hook.gate.gate.fuses_relu
+    return nn.ReLU.forward is _FORWARD and F.relu is _RELU
 
 
 def attach(module: nn.Module, gate: SiteGate) -> None:

@@ -205,11 +205,12 @@ def test_a_user_hook_on_a_relu_may_change_what_is_gated():
 def test_a_gated_module_called_by_its_forward_alone_is_flagged(x):
     class Around(Hooked):
         def forward(self, x):
-            x = self.act.forward(self.norm(self.conv(x)))
-            return self.head(self.act2(self.hidden(x.mean((2, 3)))))
+            x = self.act(self.norm(self.conv(x)))
+            return self.head(self.act2.forward(self.hidden(x.mean((2, 3)))))
 
     coverage = verify(wrap(Around().eval(), POLICY), x)
-    assert coverage.idle == ("act",)
+    assert coverage.gated == ("act",)
+    assert coverage.idle == ("act2",)
 
 
 def test_a_layer_put_in_place_of_another_is_flagged(x):

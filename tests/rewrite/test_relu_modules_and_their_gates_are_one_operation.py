@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regimewrap import RegimePolicy, gate_of, unwrap, wrap
+from regimewrap import RegimePolicy, gate_of, unwrap, verify, wrap
 from regimewrap.topk.op import topk_gate
 
 
@@ -81,6 +81,19 @@ def test_what_somebody_put_in_the_place_of_torchs_relu_runs(owner, name, x, monk
     model = wrapped()
     monkeypatch.setattr(owner, name, lambda *args, **_: args[-1 if owner is nn.ReLU else 0] * 3)
     assert torch.equal(model(x), model[2](gated(model[0](x) * 3)))
+
+
+def test_called_by_its_forward_alone_it_is_gated_too(x):
+    class Around(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1].forward(self[0](x)))
+
+    model = wrapped(Around(*bare()))
+    assert torch.equal(model(x), by_hand(model, x))
+    coverage = verify(model, x)
+    assert coverage.gated == ("1",)
+    assert not coverage.escaped
+    assert torch.equal(unwrap(model)(x), bare()(x))
 
 
 def put_around(module):
