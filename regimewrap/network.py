@@ -91,8 +91,9 @@ class NetworkThreshold:
         if self.histogram is None:
             return
         for ratio, name in ((self.keep_ratio, "threshold"), (self.eval_ratio, "eval_threshold")):
-            if ratio is not None and ratio < 1:
-                threshold = threshold_at(self.histogram, float(ratio), self.relative_to)
+            share = 1.0 if ratio is None else ratio.item()
+            if share < 1.0:
+                threshold = threshold_at(self.histogram, share, self.relative_to)
                 for there in self._devices.values():
                     getattr(there, name).copy_(threshold, non_blocking=True)
 
@@ -154,14 +155,16 @@ def end_step(thresholds: Sequence[NetworkThreshold], update: int, *, meet: bool)
     counts = [each for threshold in thresholds for each in threshold.counts()]
     # The sum is made on an accelerator if there is one: fetching it from there would wait.
     home = next((each.device for each in counts if each.device.type != "cpu"), torch.device("cpu"))
-    total = torch.zeros(BINS, dtype=torch.int64, device=home)
-    for each in counts:
+    total = counts[0].to(home, copy=True) if counts else torch.zeros(BINS, dtype=torch.int64, device=home)
+    for each in counts[1:]:
         total += each.to(home, non_blocking=True)
+    for each in counts:
         each.zero_()
     ranks.add_up(total, update, meet=meet)
     for threshold in thresholds:
         last = threshold.histogram
-        if last is not None:  # a step without a forward pass in train mode changes nothing
+        if last is None or home.type == "cpu":  # waits for a device, but only until there is something
+            if total.sum().item():
+                threshold.take(total)
+        else:  # a step without a forward pass in train mode changes nothing
             threshold.take(torch.where(total.any(), total, last.to(home)))
-        elif total.any():  # waits for the device, but only until there is something
-            threshold.take(total)

@@ -7,6 +7,8 @@ later. Counting and applying wait for no device. Whose scores are counted, and w
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Any
 
 import torch
@@ -64,6 +66,27 @@ def threshold_at(counts: Tensor, keep_ratio: float, relative_to: str = "all") ->
         scores are taken for ties (a saturated or binary activation), and it is the lower end of the bin, so that all
         are kept. It is 0, which keeps everything, where the share reaches down to the zeros or nothing was counted.
     """
+    if counts.is_cpu:
+        return torch.tensor(_threshold_at(counts, keep_ratio, relative_to), dtype=torch.float32)
+    return _threshold_on_device(counts, keep_ratio, relative_to)
+
+
+def _threshold_at(counts: Tensor, keep_ratio: float, relative_to: str) -> float:
+    reached = counts.cumsum(0)  # from below
+    units = int(reached[-1].item())
+    total = units - int(counts[0].item()) if relative_to == "active" else units
+    wanted = max(total * keep_ratio, 1.0)
+    place = int(torch.searchsorted(reached, units - math.ceil(wanted), right=True).item())
+    if place == 0:
+        return 0.0
+    below, up_to = reached[place - 1 : place + 1].tolist()
+    here, above = up_to - below, units - up_to
+    share = 1.0 if here > above else (wanted - above) / here
+    bits = (place << SHIFT) + int((1 - share) * (1 << SHIFT))
+    return float(struct.unpack("<f", struct.pack("<I", min(bits, _INFINITY)))[0])
+
+
+def _threshold_on_device(counts: Tensor, keep_ratio: float, relative_to: str) -> Tensor:
     # mps has no float64; 24 bits of a count are enough.
     number = torch.float32 if counts.device.type == "mps" else torch.float64
     reached = counts.flip(0).cumsum(0).flip(0)

@@ -3,9 +3,10 @@
     python tests/benchmarks/decision_cost.py
     torchrun --standalone --nproc-per-node=2 tests/benchmarks/decision_cost.py
 
-Medians in microseconds on rank 0, of an update without a decision and of one with; with several ranks also of what a
-decision is made of, a reduction of five numbers and a broadcast of two, by themselves; and the same with
-DistributedDataParallel's share of an update, a reduction of a million parameters, for comparison. gloo, on the CPU.
+Medians in microseconds on rank 0, each after a forward pass, of an update without a decision, of one in scope
+"network", which ends a histogram, and of one with a decision; with several ranks also of what a decision is made of, a
+reduction of five numbers and a broadcast of two, by themselves; and the same with DistributedDataParallel's share of an
+update, a reduction of a million parameters, for comparison. gloo, on the CPU.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from paired import arguments, show
+from torch import nn
 
-from regimewrap import RegimeCycler, RegimePolicy, TopKGate
+from regimewrap import RegimeCycler, RegimePolicy, TopKGate, gate_of, wrap
 
 
-def median_us(work: Callable[[], object], rounds: int) -> float:
-    """Return the median time of ``work`` in microseconds; ranks begin each round together."""
+def median_us(work: Callable[[], object], rounds: int, before: Callable[[], object]) -> float:
+    """Return the median time of ``work`` in microseconds, each after ``before``; ranks begin each round together."""
     times = []
     for _ in range(rounds):
+        before()
         if dist.is_initialized():
             dist.barrier()
         start = time.perf_counter()
@@ -41,9 +44,16 @@ def main() -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     deciding = RegimeCycler(TopKGate(RegimePolicy().replace(cycle={"every": 1})))
     counting = RegimeCycler(TopKGate(RegimePolicy().replace(cycle={"every": 10**9})))
+    model = wrap(
+        nn.Sequential(nn.Linear(64, 256), nn.ReLU()),
+        RegimePolicy.from_yaml("gate: {scope: network}").replace(cycle={"every": 10**9}),
+    )
+    sharing, x = RegimeCycler(model), torch.randn(64, 64)
+    gate_of(model).set_keep_ratio(0.2)
     loss = torch.tensor(1.0)
     work = {
         "update without a decision, us": lambda: counting.step(loss),
+        'the same in scope "network", us': lambda: sharing.step(loss),
         "with a decision, us": lambda: deciding.step(loss),
     }
     if ranks > 1:
@@ -54,7 +64,7 @@ def main() -> None:
         )
         work["reduction and broadcast alone, us"] = lambda: (dist.all_reduce(five), dist.broadcast(two, 0))
         work["reduction of a million gradients, us"] = lambda: dist.all_reduce(gradient)
-    row = {"ranks": ranks, **{name: median_us(each, options.rounds) for name, each in work.items()}}
+    row = {"ranks": ranks, **{name: median_us(each, options.rounds, lambda: model(x)) for name, each in work.items()}}
     if ranks == 1 or dist.get_rank() == 0:
         show([row], options, by=("ranks",), targets={"update without a decision, us": "<= 20"})
     if ranks > 1:

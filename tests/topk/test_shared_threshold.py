@@ -18,6 +18,7 @@ from regimewrap.topk.reference import histogram, reaches
 from regimewrap.topk.threshold import (
     BINS,
     SHIFT,
+    _threshold_on_device,
     count_scores,
     relu_threshold_gate,
     threshold_at,
@@ -143,6 +144,7 @@ def test_the_share_that_reaches_the_threshold_is_the_keep_ratio_up_to_one_bin(x,
     counts = counted(x)
 
     threshold = float(threshold_at(counts, keep_ratio, relative_to))
+    assert float(_threshold_on_device(counts, keep_ratio, relative_to)) == threshold
 
     scores = x[~x.isnan()].abs()
     n = int((scores >= 2.0**-131).sum()) if relative_to == "active" else scores.numel()
