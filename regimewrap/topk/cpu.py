@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regimewrap.topk.kernels import Kernels
 from regimewrap.topk.selection import INTEGERS, Selection, memory_rows
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ _GRAIN = 1 << 16
 _TOO_LONG = 1 << 31
 
 _SCORES = {"magnitude": 0, "value": 1, "positive": 2}
-
-_state: dict[str, Any] = {"kernels": None, "usable": sys.byteorder == "little"}
 
 
 def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection) -> bool:
@@ -247,43 +246,35 @@ def _flat(x: Tensor, integer: torch.dtype) -> Any:
     return x.as_strided((x.numel(),), (1,)).view(integer).numpy()
 
 
+def _import() -> ModuleType:
+    from regimewrap.topk import numba_kernels
+
+    return numba_kernels
+
+
+KERNELS = Kernels(
+    _import,
+    "numba",
+    "pip install 'regimewrap[fast]'",
+    "selects on the CPU in plain torch: same results, 10 to 20 times slower",
+)
+
+
 def _kernels(x: Tensor) -> ModuleType | None:
-    if not _state["usable"] or (_state["kernels"] is None and x.numel() < _WORTH_LOADING):
+    if sys.byteorder != "little" or (KERNELS.module is None and x.numel() < _WORTH_LOADING):
         return None
-    if _state["kernels"] is None:
-        try:
-            from regimewrap.topk import numba_kernels
-        except Exception as error:  # noqa: BLE001  whatever a broken installation throws, training goes on
-            _give_up(error)
-            return None
-        _state["kernels"] = numba_kernels
-    kernels: ModuleType = _state["kernels"]
-    return kernels
-
-
-def _give_up(error: Exception) -> None:
-    """Fall back to plain torch for the rest of the process, and say so once."""
-    _state["usable"] = False
-    if isinstance(error, ModuleNotFoundError) and error.name == "numba":
-        reason = "numba is not installed; run: pip install 'regimewrap[fast]'"
-    else:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    warnings.warn(
-        f"regimewrap selects on the CPU in plain torch: same results, 10 to 20 times slower ({reason}).",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    return KERNELS.get()
 
 
 def _share(run: Callable[[int, int], None], items: int, step: int, elements: int) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
     threads = torch.get_num_threads()
     parts = min(threads, elements // _GRAIN, items // step)
-    try:
-        if parts <= 1:
-            run(0, items)
-            return True
-        bounds = [items // step * part // parts * step for part in range(parts)] + [items]
+    if parts <= 1:
+        return KERNELS.survive(lambda: run(0, items))
+    bounds = [items // step * part // parts * step for part in range(parts)] + [items]
+
+    def work() -> None:
         others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
         try:
             run(*bounds[:2])
@@ -291,10 +282,8 @@ def _share(run: Callable[[int, int], None], items: int, step: int, elements: int
             wait(others)  # nobody writes to the tensor once we have returned
         for other in others:
             other.result()
-    except Exception as error:  # noqa: BLE001  a build that fails must not end a training run
-        _give_up(error)
-        return False
-    return True
+
+    return KERNELS.survive(work)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regimewrap.topk.kernels import Kernels
 from regimewrap.topk.plain import pack_bits
 from regimewrap.topk.selection import INTEGERS, Selection, memory_rows, units_kept
 
@@ -33,8 +34,6 @@ _MOST_PROGRAMS = (1 << 31) - 1
 
 _SCORES = ("magnitude", "value", "positive")
 
-_state: dict[str, Any] = {"kernels": None, "usable": True}
-
 
 def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection) -> bool:
     """Write the gated ``x`` to ``y``, and which units were kept to ``bits`` unless that is empty.
@@ -49,7 +48,7 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
     Returns:
         False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
     """
-    kernels = _kernels()
+    kernels = KERNELS.get()
     launch = _launch(y.shape, y.stride(), y.dtype, bits.numel() > 0, selection) if kernels is not None else None
     if launch is None:
         return False
@@ -61,11 +60,12 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
     if launch.capacity:
         operands.append(bits.new_empty(launch.capacity, dtype=torch.int64 if x.element_size() == 8 else torch.int32))
     share = units_kept(launch.units, ratio), struct.unpack("<q", struct.pack("<d", ratio))[0]
-    try:
+
+    def work() -> None:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             getattr(kernels, launch.kernel)[launch.grid](*operands, *launch.sizes, *share, **launch.constants)
-    except Exception as error:  # noqa: BLE001  a kernel that does not build must not end a training run
-        _give_up(error)
+
+    if not KERNELS.survive(work):
         return False
     if launch.as_bytes:
         bits.copy_(pack_bits(written))
@@ -106,7 +106,7 @@ def _launch(
         _tell_of_long_rows()
         return None
     outer, units, inner = rows
-    kernels: Any = _state["kernels"]
+    kernels: Any = KERNELS.module
     saved = kernels.NOTHING
     if saves:
         packed = kernels.ALONG_UNITS if inner == 1 else kernels.ALONG_POSITIONS
@@ -161,47 +161,31 @@ def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
     Returns:
         False if no kernel serves this tensor; ``out`` is then undefined.
     """
-    kernels = _kernels()
+    kernels = KERNELS.get()
     programs = -(-grad.numel() // 1024)
     if kernels is None or grad.dtype not in INTEGERS or programs > _MOST_PROGRAMS:
         return False
     integer, _ = INTEGERS[grad.dtype]
-    try:
+
+    def work() -> None:
         with torch.cuda.device_of(grad):  # type: ignore[no-untyped-call]
             kernels.mask_gradient[(programs,)](grad.view(integer), bits, out.view(integer), grad.numel(), BLOCK=1024)
-    except Exception as error:  # noqa: BLE001
-        _give_up(error)
-        return False
-    return True
+
+    return KERNELS.survive(work)
 
 
-def _kernels() -> ModuleType | None:
-    if _state["usable"] and _state["kernels"] is None:
-        try:
-            from regimewrap.topk import triton_kernels
-        except Exception as error:  # noqa: BLE001  whatever a broken installation throws, training goes on
-            _give_up(error)
-            return None
-        _state["kernels"] = triton_kernels
-    return _state["kernels"] if _state["usable"] else None
+def _import() -> ModuleType:
+    from regimewrap.topk import triton_kernels
+
+    return triton_kernels
 
 
-def _give_up(error: Exception) -> None:
-    """Fall back to plain torch for the rest of the process, and say so once."""
-    _state["usable"] = False
-    warnings.warn(
-        f"regimewrap selects on the GPU in plain torch: same results, several times slower ({reason(error)}).",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-def reason(error: Exception) -> str:
-    """Say in one line why there is no kernel, and what to do if that is known."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-        return "Triton is not installed; run: pip install triton"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+KERNELS = Kernels(
+    _import,
+    "triton",
+    "pip install triton",
+    "selects on the GPU in plain torch: same results, several times slower",
+)
 
 
 @functools.cache

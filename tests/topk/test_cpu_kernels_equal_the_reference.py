@@ -47,7 +47,7 @@ def kernels_for_all_sizes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_WORTH_LOADING", 1)
         yield
-    assert cpu._state["usable"], "a kernel failed and the plain path answered in its place"
+    assert cpu.KERNELS.usable, "a kernel failed and the plain path answered in its place"
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -222,7 +222,8 @@ def test_a_forked_process_gates_with_threads_of_its_own(monkeypatch):
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    monkeypatch.setattr(cpu, "_state", {"kernels": None, "usable": True})
+    monkeypatch.setattr(cpu.KERNELS, "module", None)
+    monkeypatch.setattr(cpu.KERNELS, "usable", True)
     monkeypatch.delitem(sys.modules, "regimewrap.topk.numba_kernels", raising=False)
     monkeypatch.delattr(topk, "numba_kernels", raising=False)
 
@@ -246,7 +247,7 @@ def test_a_kernel_that_does_not_build_is_replaced_after_one_warning(monkeypatch)
         raise OSError("no space left on device\nand more")
 
     kernels = SimpleNamespace(gate_rows=broken, gate_positions=broken, mask_gradient=broken)
-    monkeypatch.setitem(cpu._state, "kernels", kernels)
+    monkeypatch.setattr(cpu.KERNELS, "module", kernels)
     x = torch.randn(2, 50)
 
     with pytest.warns(RuntimeWarning, match=r"slower \(OSError: no space left on device\)") as seen:
@@ -267,4 +268,4 @@ def test_a_switched_off_compiler_is_not_interpreted(monkeypatch):
 def test_a_toy_does_not_load_the_compiler(monkeypatch):
     monkeypatch.setattr(cpu, "_WORTH_LOADING", 1000)
     assert agrees(torch.randn(2, 50), 0.2)
-    assert cpu._state["kernels"] is None
+    assert cpu.KERNELS.module is None

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regimewrap.topk import gpu, plain
+from regimewrap import topk
+from regimewrap.topk import gpu, gpu_packing, plain
 from regimewrap.topk.op import relu_gate, topk_gate
 from regimewrap.topk.reference import kept
 from regimewrap.topk.selection import INTEGERS, Selection
@@ -58,7 +59,7 @@ def no_kernel_gives_up():
     gpu._launch.cache_clear()  # made with other limits
     yield
     gpu._launch.cache_clear()
-    assert gpu._state["usable"], "a kernel failed and the plain path answered in its place"
+    assert gpu.KERNELS.usable, "a kernel failed and the plain path answered in its place"
 
 
 def gated(x: torch.Tensor, keep_ratio: float, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,8 +238,8 @@ def test_nothing_waits_for_the_device():
 
 
 def test_a_kernel_that_does_not_build_gives_one_warning_and_the_plain_result(monkeypatch):
-    monkeypatch.setitem(gpu._state, "usable", True)
-    monkeypatch.setitem(gpu._state, "kernels", SimpleNamespace(NOTHING=0, BYTES=3))
+    monkeypatch.setattr(gpu.KERNELS, "usable", True)
+    monkeypatch.setattr(gpu.KERNELS, "module", SimpleNamespace(NOTHING=0, BYTES=3))
     x = draw(2, 64)
     y, nothing = torch.empty_like(x), torch.empty(0, dtype=torch.uint8)
     with pytest.warns(RuntimeWarning, match="plain torch"):
@@ -246,10 +247,22 @@ def test_a_kernel_that_does_not_build_gives_one_warning_and_the_plain_result(mon
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not gpu.gate(x, y, nothing, 0.5, Selection())
-    gpu._state["usable"] = True
 
 
-def test_rows_that_no_kernel_counts_and_a_missing_triton_are_told_of(monkeypatch):
+@pytest.mark.parametrize("kernels", [gpu.KERNELS, gpu_packing.KERNELS])
+def test_a_missing_triton_is_told_of_once(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "module", None)
+    monkeypatch.setattr(kernels, "usable", True)
+    for name in ("triton_kernels", "triton_packing"):
+        monkeypatch.delitem(sys.modules, f"regimewrap.topk.{name}", raising=False)
+        monkeypatch.delattr(topk, name, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(RuntimeWarning, match="triton is not installed; run: pip install triton"):
+        assert kernels.get() is None
+    assert kernels.get() is None  # a second warning would be an error
+
+
+def test_rows_that_no_kernel_counts_are_told_of(monkeypatch):
     monkeypatch.setattr(gpu, "_TOO_LONG", 100)
     gpu._tell_of_long_rows.cache_clear()
     with pytest.warns(RuntimeWarning, match="among 100 units or more"):
@@ -258,4 +271,3 @@ def test_rows_that_no_kernel_counts_and_a_missing_triton_are_told_of(monkeypatch
         gpu._launch((3, 100), (100, 1), torch.float32, False, Selection()) is None
     )  # a second warning would be an error
     gpu._tell_of_long_rows.cache_clear()
-    assert "pip install triton" in gpu.reason(ModuleNotFoundError("No module named 'triton'", name="triton"))

@@ -26,7 +26,7 @@ both_ways = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", 
 @pytest.fixture
 def way(compiled, monkeypatch):
     monkeypatch.setattr(cpu, "_WORTH_LOADING", 0)
-    monkeypatch.setitem(cpu._state, "usable", compiled)
+    monkeypatch.setattr(cpu.KERNELS, "usable", compiled)
 
 
 def memory(dtype: torch.dtype, n: int, density: float, seed: int = 0) -> torch.Tensor:
@@ -145,9 +145,9 @@ def test_the_kernels_for_gpus_do_the_same_in_tritons_interpreter():
 
 
 def test_gpu_kernels_that_do_not_build_are_given_up_with_one_warning(monkeypatch):
-    monkeypatch.setitem(gpu_packing._state, "usable", True)
+    monkeypatch.setattr(gpu_packing.KERNELS, "usable", True)
     monkeypatch.setitem(sys.modules, "regimewrap.topk.triton_packing", None)
-    monkeypatch.setitem(gpu_packing._state, "kernels", None)
+    monkeypatch.setattr(gpu_packing.KERNELS, "module", None)
     flat = torch.zeros(8)
     with pytest.warns(RuntimeWarning, match="in plain torch: same results"):
         assert gpu_packing.note_nonzero(flat, torch.empty(1, dtype=torch.uint8)) is None

@@ -54,12 +54,12 @@ def lower_ends(counts: torch.Tensor) -> dict[float, int]:
 @pytest.fixture(params=["kernels", "plain torch"], autouse=True)
 def way(request, monkeypatch):
     if request.param == "plain torch":
-        monkeypatch.setitem(cpu._state, "usable", False)
+        monkeypatch.setattr(cpu.KERNELS, "usable", False)
     else:
         pytest.importorskip("numba", reason="the kernels are compiled by numba")
         monkeypatch.setattr(cpu, "_WORTH_LOADING", 1)
     yield
-    assert cpu._state["usable"] == (request.param == "kernels")
+    assert cpu.KERNELS.usable == (request.param == "kernels")
 
 
 @st.composite

@@ -1,0 +1,55 @@
+"""Compiled kernels that may be missing or may fail: loaded when first asked for, given up with one warning."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+
+@final
+class Kernels:
+    """One module of kernels.
+
+    Attributes:
+        module: the module, once it is loaded.
+        usable: False from the first failure to the end of the process.
+    """
+
+    def __init__(self, load: Callable[[], ModuleType], compiler: str, install: str, otherwise: str) -> None:
+        """Load nothing yet.
+
+        Args:
+            load: imports the module.
+            compiler: the package that the module needs.
+            install: what installs it.
+            otherwise: what is done without these kernels, for the warning.
+        """
+        self.module: ModuleType | None = None
+        self.usable = True
+        self._load, self._compiler, self._install, self._otherwise = load, compiler, install, otherwise
+
+    def get(self) -> ModuleType | None:
+        """Return the module, or ``None`` if it cannot be used."""
+        if self.usable and self.module is None and self.survive(self._load):
+            self.module = self._load()
+        return self.module if self.usable else None
+
+    def survive(self, work: Callable[[], object]) -> bool:
+        """Do ``work``, and say whether it went well: a broken compiler must not end a training run."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  whatever a broken installation throws
+            self.usable = False
+            warnings.warn(f"regimewrap {self._otherwise} ({self._why(error)}).", RuntimeWarning, stacklevel=3)
+            return False
+        return True
+
+    def _why(self, error: Exception) -> str:
+        if isinstance(error, ModuleNotFoundError) and error.name == self._compiler:
+            return f"{self._compiler} is not installed; run: {self._install}"
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
