@@ -8,6 +8,7 @@ units survive is the business of ``topk``.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ class TopKGate:
             ``set_keep_ratio``. A backward pass keeps to the ratio of its forward pass, also where activation
             checkpointing computes that again; only a checkpoint around compiled code cannot know it, so there change
             the ratio between a backward pass and the next forward pass, as the cycler does.
-            A CUDA graph that somebody records by hand keeps the ratio it was recorded at.
+            A CUDA graph that somebody records by hand keeps the ratio it was recorded at; changing it then warns.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
@@ -104,6 +105,7 @@ class TopKGate:
         self._forced_in_backward = False
         # False while somebody only looks: what runs meanwhile is no part of a step.
         self._counts = True
+        self._in_cuda_graph = False
         rule = self.policy.gate
         self._rule: dict[str, Any] = {
             "scope": rule.scope,
@@ -134,7 +136,16 @@ class TopKGate:
         Raises:
             PolicyError: the ratio is outside (0, 1] or not a number.
         """
+        before = self.keep_ratio.item()
         self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
+        if self._in_cuda_graph and keep_ratio != before:
+            self._in_cuda_graph = False
+            warnings.warn(
+                f"a CUDA graph was recorded at keep ratio {before:g} and replays that, not {keep_ratio:g}; "
+                "record it again after each change, or use torch.compile, which reads the ratio in every run.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if self.network is not None:
             root = self._root() if self._root is not None else None
             self.network.aim({each.device for each in root.parameters()} if root is not None else ())
@@ -182,7 +193,7 @@ class TopKGate:
         """
         if not isinstance(x, Tensor):
             raise SelectionError(f"{site.name}: an activation returns a tensor; got {type(x).__name__}.")
-        y = self._select(self._in_force(), x, site, training)
+        y = self._select(x, site, training, self._in_force())
         if self._recorder is not None:
             y = self._cut(x, self._recorder(site, x, y))
         for observe in self.observers:
@@ -207,7 +218,7 @@ class TopKGate:
         now = self._in_force()
         if not self._masked or now.watched or now.thresholds is not None:
             return self(function(x), site, training)
-        y = self._select(now, x, site, training, relu_gate)
+        y = self._select(x, site, training, now, relu_gate)
         if y is x:  # a site that is left alone now
             return function(x)
         if self.listeners and self.acts(training):
@@ -215,10 +226,12 @@ class TopKGate:
         return y
 
     def _select(
-        self, now: _Setting, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate
+        self, x: Tensor, site: Site, training: bool, now: _Setting, select: Callable[..., Tensor] = topk_gate
     ) -> Tensor:
         if now.thresholds is not None:
             return self._cut(x, now.thresholds.get(site.name))
+        if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self._in_cuda_graph = True
         if self._dense_in_eval and not training and not now.forced:
             return x
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:

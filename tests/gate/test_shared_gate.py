@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regimewrap import GatePolicy, RegimePolicy, SitePolicy, TopKGate, at_keep_ratio, gate_of, wrap
 from regimewrap.errors import PolicyError, SelectionError, WrapError
@@ -116,3 +117,31 @@ def test_two_wrapped_models_in_one_are_told_apart():
     with pytest.raises(WrapError, match="2 separately wrapped"):
         gate_of(pair)
     assert gate_of(pair[0]) is not gate_of(pair[1])
+
+
+def test_a_ratio_that_a_recorded_cuda_graph_will_not_see_is_told_of_once(monkeypatch):
+    model = wrap(nn.Sequential(nn.Linear(4, 64), nn.GELU()))
+    gate = gate_of(model)
+    gate.set_keep_ratio(0.5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model[1](torch.empty(2, 64, device="cuda"))
+    gate.set_keep_ratio(0.5)  # nothing changes
+    with pytest.warns(RuntimeWarning, match=r"recorded at keep ratio 0\.5 and replays that, not 0\.2; record it again"):
+        gate.set_keep_ratio(0.2)
+    gate.set_keep_ratio(0.1)  # a second warning would be an error
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_cuda_graph_keeps_its_ratio():
+    model, x = wrap(nn.Sequential(nn.Linear(64, 64), nn.ReLU())).cuda(), torch.randn(8, 64, device="cuda")
+    gate = gate_of(model)
+    gate.set_keep_ratio(0.1)
+    model(x)  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = model(x)
+    with pytest.warns(RuntimeWarning, match="record it again"):
+        gate.set_keep_ratio(0.05)
+    graph.replay()
+    assert (y != 0).sum() == 8 * 6
