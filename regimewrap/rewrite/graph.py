@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from regimewrap.gate import SiteGate
 from regimewrap.rewrite.rebind import GATE_METHOD, RELU_METHOD, is_relu
-from regimewrap.sites.calls import stored
+from regimewrap.sites.code import stored
 
 #: Decides for an activation's node which site it is; ``None`` leaves it alone.
 Chooser = Callable[[fx.Node], int | None]

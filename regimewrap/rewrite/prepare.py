@@ -18,8 +18,9 @@ from regimewrap.rewrite.graph import GraphRecipe, NotTraceableError, trace_metho
 from regimewrap.rewrite.guarded import GuardedRecipe
 from regimewrap.rewrite.rebind import NewMethod, Recipe
 from regimewrap.rewrite.source import NotRewritableError, Redirect, SourceRecipe, rewritten
-from regimewrap.sites.calls import Helper, Span
+from regimewrap.sites.code import Span
 from regimewrap.sites.finder import Activation, Method
+from regimewrap.sites.helpers import Helper
 from regimewrap.sites.plan import Mechanism
 from regimewrap.sites.straight import prove
 

@@ -21,7 +21,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from regimewrap.sites.calls import UNKNOWN, body_of, parse, stored
+from regimewrap.sites.code import UNKNOWN, body_of, parse, stored
 
 #: Where a value comes from, each covering those before it: from parameters and buffers alone; from features averaged
 #: over positions; from features, or from something that cannot be followed.

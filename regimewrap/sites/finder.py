@@ -12,21 +12,9 @@ import torch
 from torch import fx, nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.calls import (
-    NOWHERE,
-    TORCH_LAYERS,
-    Call,
-    Helper,
-    Span,
-    body_of,
-    calls_itself,
-    find_calls,
-    find_dropped,
-    find_helpers,
-    in_place_target,
-    own_methods,
-    span_of,
-)
+from regimewrap.sites.calls import Call, find_calls, find_dropped, in_place_target
+from regimewrap.sites.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
+from regimewrap.sites.helpers import Helper, calls_itself, find_helpers
 
 
 @dataclass(frozen=True)

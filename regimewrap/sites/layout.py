@@ -10,18 +10,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.calls import (
-    SPLITTING,
-    UNKNOWN,
-    Scope,
-    argument_at,
-    body_of,
-    called_with,
-    made_by,
-    own_methods,
-)
+from regimewrap.sites.code import UNKNOWN, Scope, body_of, own_methods
 from regimewrap.sites.dataflow import Dataflow, is_layer, name_of
 from regimewrap.sites.finder import Activation
+from regimewrap.sites.values import SPLITTING, argument_at, called_with, made_by
 
 _FIRST = (
     nn.modules.conv._ConvNd,

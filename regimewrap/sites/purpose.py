@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.calls import body_of, parse
+from regimewrap.sites.code import body_of, parse
 from regimewrap.sites.dataflow import Dataflow, is_layer, name_of, reads_shape, related
 from regimewrap.sites.finder import Activation, Method
 from regimewrap.sites.probe import Shapes

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import get_overridable_functions
 
-from regimewrap.sites.calls import UNKNOWN, Scope, parse
+from regimewrap.sites.code import UNKNOWN, Scope, parse
 
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr, ast.Pass)
 _EXPRESSIONS = (
