@@ -101,7 +101,7 @@ def relu_gate(
             gradient=gradient,
             multiplier=multiplier,
         )
-    y: Tensor = _select(x, keep_ratio, *selection._replace(score="positive"), multiplier, "output")[0]
+    y: Tensor = _select(x, keep_ratio, scope, channel_dim, "positive", relative_to, ties, multiplier, "output")[0]
     return y
 
 
