@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "wrn-batch-128": ["--model", "wrn", "--batch", "128"],
         "vit": ["--model", "vit"],
         "bert": ["--model", "bert"],
+        "wrn-network": ["--model", "wrn", "--scope", "network"],
         "wrn-compiled": ["--model", "wrn", "--compile", "1"],
     },
     "saved_bytes": {model: ["--model", model] for model in ("wrn", "functions", "vit", "bert")},
