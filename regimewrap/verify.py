@@ -103,11 +103,14 @@ class _Census(TorchFunctionMode):
         # Tensors are kept, so that no other one takes their identity meanwhile.
         self._ran: list[tuple[Activation, Any]] = []
         self._seen: dict[int, Tensor] = {}
+        self._made: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
         self._shapes = Shapes()
 
     def saw_gate(self, site: Site, before: Tensor, after: Tensor) -> None:  # an Observer
         self.gated_sites.append(site)
-        self._seen |= {id(before): before, id(after): after}  # a ReLU module gates what it returns by itself
+        self._seen[id(before)] = before
+        if self._stack:
+            self._made[id(after)] = self._stack[-1], before, after
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -140,6 +143,9 @@ class _Census(TorchFunctionMode):
         if id(module) in self._paths:
             self._called.add(self._paths[id(module)])
             self._shapes.record(self._paths[id(module)], args, output)
+        inside, before, _ = self._made.get(id(output), (None, None, None))
+        if inside is module:  # a ReLU returns what it has gated by itself
+            output = before
         kind = catalog.kind_of_module(module)
         if kind is not None:
             label = type(module).__name__

@@ -96,6 +96,12 @@ def test_called_by_its_forward_alone_it_is_gated_too(x):
     assert torch.equal(unwrap(model)(x), bare()(x))
 
 
+def test_an_activation_in_place_behind_it_is_found_to_escape(x):
+    model = wrapped()
+    model[1] = nn.Sequential(model[1], nn.SiLU(inplace=True))
+    assert verify(model, x).escaped == ("1.1",)
+
+
 def put_around(module):
     """Put a forward of one's own on a module that keeps what was there, as libraries that move weights about do."""
     module._old_forward = module.forward
