@@ -105,6 +105,7 @@ class TopKGate:
         self._forced_in_backward = False
         # False while somebody only looks: what runs meanwhile is no part of a step.
         self._counts = True
+        # Somebody recorded a CUDA graph at the ratio as it is now.
         self._in_cuda_graph = False
         rule = self.policy.gate
         self._rule: dict[str, Any] = {
@@ -136,16 +137,16 @@ class TopKGate:
         Raises:
             PolicyError: the ratio is outside (0, 1] or not a number.
         """
-        before = self.keep_ratio.item()
-        self.keep_ratio.fill_(require_ratio("keep_ratio", keep_ratio))
-        if self._in_cuda_graph and keep_ratio != before:
+        ratio = require_ratio("keep_ratio", keep_ratio)
+        if self._in_cuda_graph and ratio != self.keep_ratio:
             self._in_cuda_graph = False
-            warnings.warn(
-                f"a CUDA graph was recorded at keep ratio {before:g} and replays that, not {keep_ratio:g}; "
+            warnings.warn(  # first of all: where warnings are errors, nothing has changed
+                f"a CUDA graph was recorded at keep ratio {self.keep_ratio:g} and replays that, not {ratio:g}; "
                 "record it again after each change, or use torch.compile, which reads the ratio in every run.",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        self.keep_ratio.fill_(ratio)
         if self.network is not None:
             root = self._root() if self._root is not None else None
             self.network.aim({each.device for each in root.parameters()} if root is not None else ())

@@ -119,17 +119,29 @@ def test_two_wrapped_models_in_one_are_told_apart():
     assert gate_of(pair[0]) is not gate_of(pair[1])
 
 
-def test_a_ratio_that_a_recorded_cuda_graph_will_not_see_is_told_of_once(monkeypatch):
+@pytest.fixture
+def recorded(monkeypatch):
+    """A gate that took part, as far as it can tell, in recording a CUDA graph at keep ratio 0.5."""
     model = wrap(nn.Sequential(nn.Linear(4, 64), nn.GELU()))
-    gate = gate_of(model)
-    gate.set_keep_ratio(0.5)
+    gate_of(model).set_keep_ratio(0.5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model[1](torch.empty(2, 64, device="cuda"))
-    gate.set_keep_ratio(0.5)  # nothing changes
+    return gate_of(model)
+
+
+def test_a_ratio_that_a_recorded_cuda_graph_will_not_see_is_told_of_once(recorded):
+    recorded.set_keep_ratio(0.5)  # nothing changes
     with pytest.warns(RuntimeWarning, match=r"recorded at keep ratio 0\.5 and replays that, not 0\.2; record it again"):
-        gate.set_keep_ratio(0.2)
-    gate.set_keep_ratio(0.1)  # a second warning would be an error
+        recorded.set_keep_ratio(0.2)
+    recorded.set_keep_ratio(0.1)  # a second warning would be an error
+    assert recorded.keep_ratio == 0.1
+
+
+def test_where_that_warning_is_an_error_the_ratio_stays(recorded):
+    with pytest.raises(RuntimeWarning, match="record it again"):
+        recorded.set_keep_ratio(0.2)
+    assert recorded.keep_ratio == 0.5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
