@@ -155,7 +155,10 @@ def end_step(thresholds: Sequence[NetworkThreshold], update: int, *, meet: bool)
     counts = [each for threshold in thresholds for each in threshold.counts()]
     # The sum is made on an accelerator if there is one: fetching it from there would wait.
     home = next((each.device for each in counts if each.device.type != "cpu"), torch.device("cpu"))
-    total = counts[0].to(home, copy=True) if counts else torch.zeros(BINS, dtype=torch.int64, device=home)
+    if counts:
+        total = counts[0].to(home, copy=True, non_blocking=True)
+    else:
+        total = torch.zeros(BINS, dtype=torch.int64, device=home)
     for each in counts[1:]:
         total += each.to(home, non_blocking=True)
     for each in counts:
