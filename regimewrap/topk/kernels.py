@@ -34,9 +34,12 @@ class Kernels:
 
     def get(self) -> ModuleType | None:
         """Return the module, or ``None`` if it cannot be used."""
-        if self.usable and self.module is None and self.survive(self._load):
-            self.module = self._load()
+        if self.usable and self.module is None:
+            self.survive(self._keep)
         return self.module if self.usable else None
+
+    def _keep(self) -> None:
+        self.module = self._load()
 
     def survive(self, work: Callable[[], object]) -> bool:
         """Do ``work``, and say whether it went well: a broken compiler must not end a training run."""

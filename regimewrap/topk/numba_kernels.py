@@ -25,7 +25,7 @@ uint32: Any = np.uint32
 uint64: Any = np.uint64
 float64: Any = np.float64
 
-# How a unit is scored; ``numba_cpu`` translates the words.
+# How a unit is scored; ``cpu`` translates the words.
 MAGNITUDE, VALUE, POSITIVE = 0, 1, 2
 
 #: Rows at least this long are probed by a sample before they are counted in full.
