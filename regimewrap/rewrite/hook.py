@@ -83,7 +83,7 @@ def attach(module: nn.Module, gate: SiteGate) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Remove every gate hook of ``module``."""
+    """Remove every gate hook of ``module``, and the ``forward`` that goes with it."""
     hooks = module._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, GateHook)]:
         del hooks[key]

@@ -217,6 +217,17 @@ def test_a_relu_that_somebody_replaced_is_called(make, x, monkeypatch):
     assert torch.equal(model(x), model.two(hidden))
 
 
+def test_hooks_of_a_module_that_rewritten_code_calls_still_run(x):
+    model, seen = wrapped(Global, 0.2), []
+    handle = SHARED.register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: ARG005
+    try:
+        found = model(x)
+    finally:
+        handle.remove()
+    assert torch.equal(found, by_hand(model, x, 0.2, scope="sample"))
+    assert torch.equal(seen[0], torch.relu(model.one(x)))
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_small_sites_and_eval_mode_are_left_dense(make, x):
     model = wrap(bare(make), RegimePolicy.from_yaml("sites: {min_units: 65}"))
