@@ -12,7 +12,7 @@ from regimewrap.integrations.transformers import RegimeCallback, RegimeTrainerMi
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import regimewrap
-from regimewrap.strategies import PlateauReset
+from regimewrap.policy.strategies import PlateauReset
 
 STEPS, ROWS, WORDS = 400, 256, 32
 SETTINGS = {"max_steps": STEPS, "learning_rate": 0.01, "logging_steps": 20, "save_strategy": "no", "report_to": "none"}

@@ -36,7 +36,7 @@ from transformers.trainer_callback import ExportableState  # noqa: E402
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from regimewrap.telemetry import Watch
+    from regimewrap.measure.telemetry import Watch
 else:
     Trainer = object
 

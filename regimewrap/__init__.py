@@ -5,17 +5,16 @@ the training loop, ``sweep`` shows what the network can do at each budget, and `
 """
 
 from regimewrap._version import __version__
-from regimewrap.calibration import Calibration, calibrate
-from regimewrap.compression import compressed_activations
-from regimewrap.cycle_state import Regime
-from regimewrap.cycler import RegimeCycler
+from regimewrap.cycle.cycler import RegimeCycler
+from regimewrap.cycle.state import Regime
 from regimewrap.errors import RegimewrapError
-from regimewrap.gate import TopKGate, at_keep_ratio, gate_of
-from regimewrap.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
+from regimewrap.gate.gate import TopKGate, at_keep_ratio, gate_of
+from regimewrap.measure.sweep import Sweep, recalibrate_batchnorm, sweep
+from regimewrap.measure.telemetry import watch
+from regimewrap.measure.verify import verify
+from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
 from regimewrap.rewrite.insert import insert_gates
-from regimewrap.sweep import Sweep, recalibrate_batchnorm, sweep
-from regimewrap.telemetry import watch
-from regimewrap.verify import verify
+from regimewrap.serve.calibration import Calibration, calibrate
 from regimewrap.wrap import plan, unwrap, wrap
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "__version__",
     "at_keep_ratio",
     "calibrate",
-    "compressed_activations",
     "gate_of",
     "insert_gates",
     "plan",

@@ -21,7 +21,7 @@ import typer
 
 from regimewrap._version import __version__
 from regimewrap.errors import DataError, MissingExtraError, NoSitesError, RegimewrapError
-from regimewrap.policy import PRESETS, RegimePolicy
+from regimewrap.policy.policy import PRESETS, RegimePolicy
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.demo import DEMO_WORK, demo_experiment, demo_jobs
 from regimewrap.recipes.live import CountBar, RunsBar, describe, say, stdout_console, stopping_on_interrupt, working
@@ -32,7 +32,7 @@ from regimewrap.recipes.training import TrainSettings, build_model, train_run
 from regimewrap.recipes.wide_resnet import parse_arch
 from regimewrap.recipes.workers import default_workers, train_jobs
 from regimewrap.report import conclusion, console_table, write_report
-from regimewrap.results import Arm, Experiment, Run
+from regimewrap.report.results import Arm, Experiment, Run
 from regimewrap.wrap import plan as make_plan
 
 if TYPE_CHECKING:

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from regimewrap.compiled import notice_hooks
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate import TopKGate, at_keep_ratio, find_gate, whole_of
-from regimewrap.policy import RegimePolicy
+from regimewrap.gate.compiled import notice_hooks
+from regimewrap.gate.gate import TopKGate, at_keep_ratio, find_gate, whole_of
+from regimewrap.measure.verify import verify
+from regimewrap.policy.policy import RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
 from regimewrap.sites.choose import check, choose, site_for
 from regimewrap.sites.finder import find
+from regimewrap.sites.flow.purpose import Purpose
 from regimewrap.sites.plan import Plan, Row
 from regimewrap.sites.probe import activation_shapes, as_call, run
-from regimewrap.sites.purpose import Purpose
-from regimewrap.verify import verify
 
 M = TypeVar("M", bound=nn.Module)
 

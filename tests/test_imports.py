@@ -17,26 +17,24 @@ ADAPTERS = Path(__file__).parents[1] / "integrations"  # regimewrap.integrations
 
 # A room imports from rows above its own, and from itself. "regimewrap" is the front door, __init__.py.
 ORDER = [
-    {"_version", "compiled", "errors", "recompute", "results"},
-    {"ranks", "settings", "topk"},
-    {"strategies"},
-    {"network", "policy"},
+    {"_version", "errors"},
+    {"policy", "topk"},
     {"gate"},
-    {"sites", "compression", "cycle_state", "telemetry"},
-    {"rewrite", "cycler"},
-    {"verify"},
+    {"cycle", "sites"},
+    {"rewrite"},
+    {"measure"},
     {"wrap"},
-    {"sweep"},
-    {"calibration"},
+    {"serve"},
     {"regimewrap"},
-    {"recipes", "report", "testing"},
+    {"report"},
+    {"recipes"},
     {"cli", "integrations"},
     {"__main__"},
 ]
 RANK = {room: rank for rank, row in enumerate(ORDER) for room in row}
-WITHOUT_TORCH = ["errors", "policy", "report", "results", "settings", "strategies"]
+WITHOUT_TORCH = ["errors", "policy", "report"]
 # What adapters live on: the front door, whose functions share names with rooms, and the rooms documented beside it.
-PUBLIC = {"regimewrap", "wrap", "verify", "sweep", "errors", "policy", "strategies", "telemetry", "recipes"}
+PUBLIC = {"regimewrap", "wrap", "verify", "sweep", "errors", "policy", "measure", "recipes"}
 HEAVY = ["timm", "transformers", "torchvision", "matplotlib", "sklearn", "rich", "typer", "numba", "scipy", "pandas"]
 
 
@@ -85,10 +83,10 @@ def test_adapters_use_public_names():
 
 def test_a_backward_import_would_be_seen():
     assert _backward("gate", "from regimewrap.wrap import wrap") == {"wrap"}
-    assert _backward("gate", "def f():\n    import regimewrap.sweep") == {"sweep"}
+    assert _backward("gate", "def f():\n    import regimewrap.measure.sweep") == {"measure"}
     assert _backward("sites", "from regimewrap import wrap") == {"wrap"}
-    assert _backward("sweep", "from regimewrap import TopKGate") == {"regimewrap"}
-    assert _backward("gate", "from regimewrap.policy import GatePolicy") == set()
+    assert _backward("measure", "from regimewrap import TopKGate") == {"regimewrap"}
+    assert _backward("gate", "from regimewrap.policy.policy import GatePolicy") == set()
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

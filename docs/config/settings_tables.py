@@ -7,7 +7,7 @@ import re
 from importlib import import_module
 from typing import Any
 
-from regimewrap.settings import _expected
+from regimewrap.policy.settings import _expected
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, is_model, list_models, register_m
 
 from regimewrap import RegimePolicy, wrap
 from regimewrap.errors import WrapError
-from regimewrap.policy import PRESETS
+from regimewrap.policy.policy import PRESETS
 from regimewrap.recipes.wide_resnet import WideResNet
 
 from .open_loop import drive_from_optimizer

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from timm import utils
 
 from regimewrap.errors import RegimewrapError
-from regimewrap.policy import PRESETS
+from regimewrap.policy.policy import PRESETS
 from regimewrap.recipes.outputs import claimed_folder
 
 from .images import AUGMENTATIONS

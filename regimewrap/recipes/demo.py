@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from regimewrap.policy import RegimePolicy
+from regimewrap.policy.policy import RegimePolicy
 from regimewrap.recipes.records import device_text, versions
 from regimewrap.recipes.training import TrainSettings
 from regimewrap.recipes.workers import Job, Work
-from regimewrap.results import Arm, Experiment
+from regimewrap.report.results import Arm, Experiment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regimewrap.recipes.data import ImageData
-    from regimewrap.results import Run
+    from regimewrap.report.results import Run
 
 DEMO_WORK = Work(
     source="digits",

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from regimewrap import RegimeCycler, gate_of, sweep, watch, wrap
 from regimewrap.errors import SignalError
 from regimewrap.recipes.wide_resnet import WideResNet, parse_arch
-from regimewrap.results import Run, TracePoint
+from regimewrap.report.results import Run, TracePoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from regimewrap import Regime, RegimePolicy
+    from regimewrap.measure.telemetry import Watch
     from regimewrap.recipes.data import ImageData, ImageSet
-    from regimewrap.telemetry import Watch
 
 _TEST_BATCH = 500
 

@@ -19,13 +19,13 @@ import torch
 from regimewrap.errors import RegimewrapError
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.training import Status, TrainSettings, train_run
-from regimewrap.results import Run
+from regimewrap.report.results import Run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from multiprocessing.connection import Connection
 
-    from regimewrap.policy import RegimePolicy
+    from regimewrap.policy.policy import RegimePolicy
 
 _MOST_WORKERS = 4  # each takes some 400 MB
 _SECONDS_BETWEEN_STATUS = 0.1

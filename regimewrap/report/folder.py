@@ -16,7 +16,7 @@ from regimewrap.report.page import policy_yaml, render
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from regimewrap.results import Arm, Experiment
+    from regimewrap.report.results import Arm, Experiment
 
 _PLOTS: dict[str, Callable[[Experiment], bytes | None]] = {
     "accuracy-by-budget.png": plots.accuracy_by_budget,

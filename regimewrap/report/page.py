@@ -15,7 +15,7 @@ from regimewrap.report.words import conclusion
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from regimewrap.results import Arm, Experiment
+    from regimewrap.report.results import Arm, Experiment
 
 _STYLE = """
 :root { color-scheme: light; --ink: #222; --soft: #595959; --line: #ddd; --accent: #0072b2; }

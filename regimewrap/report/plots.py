@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from regimewrap.results import Arm, Experiment, Run, TracePoint
+    from regimewrap.report.results import Arm, Experiment, Run, TracePoint
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _REFERENCE_COLOUR = "#333333"

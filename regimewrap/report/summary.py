@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regimewrap.results import Arm, Experiment
+    from regimewrap.report.results import Arm, Experiment
 
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom. The last serves all larger counts, to be safe.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)

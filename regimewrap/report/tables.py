@@ -10,7 +10,7 @@ from regimewrap.report.summary import accuracy, bound_share, budget, keep_ratios
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from regimewrap.results import Experiment
+    from regimewrap.report.results import Experiment
 
 
 def console_table(experiment: Experiment) -> Table:

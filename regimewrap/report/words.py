@@ -17,7 +17,7 @@ from regimewrap.report.summary import (
 )
 
 if TYPE_CHECKING:
-    from regimewrap.results import Arm, Experiment
+    from regimewrap.report.results import Arm, Experiment
 
 _FEW_SEEDS = 5
 

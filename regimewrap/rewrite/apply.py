@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from regimewrap.gate import GATE_ATTRIBUTE, SiteGate, TopKGate
+from regimewrap.gate.gate import GATE_ATTRIBUTE, SiteGate, TopKGate
 from regimewrap.rewrite import graph, hook, rebind, share
 from regimewrap.sites.plan import Plan
 

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
-from regimewrap.gate import SiteGate
+from regimewrap.gate.gate import SiteGate
 from regimewrap.rewrite.rebind import GATE_METHOD, RELU_METHOD, is_relu
-from regimewrap.sites.code import stored
+from regimewrap.sites.read.code import stored
 
 #: Decides for an activation's node which site it is; ``None`` leaves it alone.
 Chooser = Callable[[fx.Node], int | None]

@@ -15,7 +15,7 @@ from torch import nn
 
 from regimewrap.rewrite.graph import NotTraceableError, trace_method
 from regimewrap.rewrite.source import SourceRecipe, rewritten
-from regimewrap.sites.straight import Proof, is_plain, prove
+from regimewrap.sites.flow.straight import Proof, is_plain, prove
 
 #: A method with this many graphs gets no more at call time: an attribute that changes all the time is not worth them.
 _MOST_GRAPHS = 64

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regimewrap.gate import SiteGate
+from regimewrap.gate.gate import SiteGate
 
 _FORWARD, _RELU = nn.ReLU.forward, F.relu
 

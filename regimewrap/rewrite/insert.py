@@ -15,13 +15,13 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from regimewrap.errors import NoSitesError, WrapError
-from regimewrap.gate import GATE_ATTRIBUTE, Site, SiteGate, TopKGate
-from regimewrap.policy import RegimePolicy
+from regimewrap.gate.gate import GATE_ATTRIBUTE, Site, SiteGate, TopKGate
+from regimewrap.policy.policy import RegimePolicy
 from regimewrap.rewrite.graph import TwoModes, gate_graph_module, graphs_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose, site_for
 from regimewrap.sites.finder import Activation
-from regimewrap.sites.purpose import Purpose
+from regimewrap.sites.flow.purpose import Purpose
 
 
 class InsertGates(PassBase):

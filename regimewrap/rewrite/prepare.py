@@ -18,11 +18,11 @@ from regimewrap.rewrite.graph import GraphRecipe, NotTraceableError, trace_metho
 from regimewrap.rewrite.guarded import GuardedRecipe
 from regimewrap.rewrite.rebind import NewMethod, Recipe
 from regimewrap.rewrite.source import NotRewritableError, Redirect, SourceRecipe, rewritten
-from regimewrap.sites.code import Span
 from regimewrap.sites.finder import Activation, Method
-from regimewrap.sites.helpers import Helper
+from regimewrap.sites.flow.straight import prove
 from regimewrap.sites.plan import Mechanism
-from regimewrap.sites.straight import prove
+from regimewrap.sites.read.code import Span
+from regimewrap.sites.read.helpers import Helper
 
 
 @dataclass(frozen=True)

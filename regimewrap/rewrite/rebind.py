@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regimewrap.errors import WrapError
-from regimewrap.gate import SITES_ATTRIBUTE, SiteGate
+from regimewrap.gate.gate import SITES_ATTRIBUTE, SiteGate
 
 #: How rewritten code calls the gate: ``self._regimewrap_gate(value, index)``.
 GATE_METHOD = "_regimewrap_gate"

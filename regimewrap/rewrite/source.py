@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regimewrap.rewrite.rebind import COPY_METHOD, GATE_METHOD, RELU_METHOD
-from regimewrap.sites.calls import in_place_target
-from regimewrap.sites.code import Scope, Span, body_of, parse, span_of
+from regimewrap.sites.read.calls import in_place_target
+from regimewrap.sites.read.code import Scope, Span, body_of, parse, span_of
 
 _FUTURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from regimewrap.errors import PolicyError
-from regimewrap.gate import Site
-from regimewrap.policy import RegimePolicy, SitePolicy
-from regimewrap.settings import nearest
+from regimewrap.gate.gate import Site
+from regimewrap.policy.policy import RegimePolicy, SitePolicy
+from regimewrap.policy.settings import nearest
 from regimewrap.sites.catalog import KINDS
 from regimewrap.sites.finder import Activation
-from regimewrap.sites.layout import channel_dim_of
-from regimewrap.sites.purpose import Purpose
+from regimewrap.sites.flow.layout import channel_dim_of
+from regimewrap.sites.flow.purpose import Purpose
 
 
 def choose(policy: SitePolicy, activation: Activation, purpose: Purpose) -> tuple[bool, str]:

@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.calls import Call, find_calls, find_dropped, in_place_target
-from regimewrap.sites.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
-from regimewrap.sites.helpers import Helper, calls_itself, find_helpers
+from regimewrap.sites.read.calls import Call, find_calls, find_dropped, in_place_target
+from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
+from regimewrap.sites.read.helpers import Helper, calls_itself, find_helpers
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from regimewrap.gate import Site
+from regimewrap.gate.gate import Site
 from regimewrap.sites.finder import Activation
 
 Mechanism = Literal["hook", "graph", "source"]

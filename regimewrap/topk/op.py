@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from regimewrap.errors import SelectionError
-from regimewrap.topk import cpu, gpu, plain
+from regimewrap.topk import plain
+from regimewrap.topk.cpu import dispatch as cpu
+from regimewrap.topk.gpu import dispatch as gpu
 from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio
 
 

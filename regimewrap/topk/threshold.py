@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regimewrap.topk import cpu, plain
+from regimewrap.topk import plain
+from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import (
     _empty_bits,
     _gate,

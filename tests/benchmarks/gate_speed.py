@@ -17,7 +17,7 @@ import torch
 from paired import Rounds, arguments, show
 from torch import Tensor
 
-from regimewrap.topk import cpu
+from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import relu_gate, topk_gate
 from regimewrap.topk.selection import Selection
 

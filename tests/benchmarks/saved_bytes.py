@@ -1,9 +1,9 @@
-"""Bytes kept between forward and backward, and a step's time, as multiples of the dense model's.
+"""Bytes kept between forward and backward as multiples of the dense model's.
 
     python tests/benchmarks/saved_bytes.py [--model wrn|functions|vit|bert] [--norm rms|batch] [--batch 4]
 
 Counts every storage that the graph of a forward pass holds, once each, without parameters: for the wrapped model as it
-is, for the published way, and inside ``compressed_activations``. ``functions`` is a network that calls its ReLUs as
+is, and for the published way. ``functions`` is a network that calls its ReLUs as
 functions, in code that is traced and in code that is rewritten; in ``wrn`` they are modules, and ``norm`` is its norm.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from paired import Rounds, arguments, show
-from step_speed import Published, bert, step, vit, with_published_gates, wrn
+from paired import arguments, show
+from step_speed import Published, bert, vit, with_published_gates, wrn
 from torch import Tensor, nn
 
 import regimewrap
@@ -65,16 +65,6 @@ def tensors_in(saved: Any) -> list[Tensor]:
     return tensors
 
 
-class Compressed(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        with regimewrap.compressed_activations(self.model):
-            return self.model(x)
-
-
 class FunctionRelus(nn.Module):
     """A convolutional network without an activation module."""
 
@@ -117,28 +107,17 @@ def main() -> None:
     models = {"wrapped": wrapped}
     if options.model == "wrn":
         models["published"] = with_published_gates(model)
-    steps = {
-        "dense": step(model, x, compiled=False),
-        "wrapped": step(wrapped, x, compiled=False),
-        "compressed": step(Compressed(wrapped), x, compiled=False),
-    }
     dense = saved_bytes(model, x, as_it_is())
-    rows, compressed = [], []
+    rows = []
     for keep_ratio in (1.0, 0.5, 0.1):
         regimewrap.gate_of(wrapped).set_keep_ratio(keep_ratio)
         Published.keep_ratio = keep_ratio
         place = {"model": options.model, "keep ratio": keep_ratio}
         sizes = {f"{name}/dense": saved_bytes(other, x, as_it_is()) / dense for name, other in models.items()}
         rows.append(place | {"dense MB": dense / 1e6} | sizes)
-        times = Rounds(steps, options.rounds)
-        small = {"compressed/dense": saved_bytes(wrapped, x, regimewrap.compressed_activations(wrapped)) / dense}
-        ratios = {f"step {name}/dense": times.ratio(name, "dense") for name in ("wrapped", "compressed")}
-        compressed.append(place | small | {"step dense s": times.seconds("dense")} | ratios)
     by = ("model", "keep ratio")
     target = "<= 1.02" if options.model in ("wrn", "functions") else "<= 1.06"
     show(rows, options, by=by, targets={"wrapped/dense": target})
-    show(compressed[:-1], options, by=by)
-    show(compressed[-1:], options, by=by, targets={"compressed/dense": "<= 0.5"} if options.model == "wrn" else None)
 
 
 if __name__ == "__main__":

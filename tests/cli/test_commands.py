@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import regimewrap as package
 from regimewrap import cli
-from regimewrap.policy import PRESETS, RegimePolicy
+from regimewrap.policy.policy import PRESETS, RegimePolicy
 from regimewrap.recipes.training import Status
-from regimewrap.results import Experiment, Run
+from regimewrap.report.results import Experiment, Run
 
 TRAIN = ("train", "--data", "digits", "--arch", "wrn-10-1", "--limit", 30, "--epochs", 3, "--batch-size", 10)
 REPORT = {"report.html", "results.json", "policy.yaml"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regimewrap.results import Experiment
+from regimewrap.report.results import Experiment
 
 COMMAND = [sys.executable, "-m", "regimewrap"]
 

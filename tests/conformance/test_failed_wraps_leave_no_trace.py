@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from regimewrap import TopKGate, unwrap, wrap
 from regimewrap import wrap as wrapping
-from regimewrap.gate import find_gate
+from regimewrap.gate.gate import find_gate
 from regimewrap.rewrite import apply, graph, hook, rebind, share
 
 SHARED = nn.ReLU()

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from regimewrap import at_keep_ratio, gate_of, unwrap, verify, wrap
 from regimewrap.errors import UnreachableSiteError
-from regimewrap.gate import find_gate
+from regimewrap.gate.gate import find_gate
 
 every_writing = pytest.mark.parametrize("make", WRITINGS)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import regimewrap
-from regimewrap import strategies
+from regimewrap.policy import strategies
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import regimewrap
-from regimewrap.policy import PRESETS
+from regimewrap.policy.policy import PRESETS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

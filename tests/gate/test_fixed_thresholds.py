@@ -13,7 +13,7 @@ from torch import nn
 
 from regimewrap import GatePolicy, RegimePolicy, at_keep_ratio, gate_of, unwrap, wrap
 from regimewrap.errors import PolicyError
-from regimewrap.gate import Site, TopKGate
+from regimewrap.gate.gate import Site, TopKGate
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 

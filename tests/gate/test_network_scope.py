@@ -28,8 +28,8 @@ from regimewrap import (
     wrap,
 )
 from regimewrap.errors import SelectionError
+from regimewrap.policy.strategies import Constant, Sawtooth
 from regimewrap.recipes.wide_resnet import WideResNet
-from regimewrap.strategies import Constant, Sawtooth
 from regimewrap.topk.reference import kept, reaches
 from regimewrap.topk.threshold import threshold_at
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from regimewrap import CyclePolicy, GatePolicy, RegimeCycler, RegimePolicy, watch, wrap
+from regimewrap.policy.strategies import Constant
 from regimewrap.recipes.wide_resnet import WideResNet
-from regimewrap.strategies import Constant
 from regimewrap.topk.reference import reaches
 from regimewrap.topk.threshold import BINS, count_scores, threshold_at, threshold_gate
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regimewrap import GatePolicy, RegimePolicy, SitePolicy, TopKGate, at_keep_ratio, gate_of, wrap
 from regimewrap.errors import PolicyError, SelectionError, WrapError
-from regimewrap.gate import Site
+from regimewrap.gate.gate import Site
 
 SITE = Site("act", "relu")
 

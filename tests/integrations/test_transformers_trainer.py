@@ -11,7 +11,7 @@ import torch
 
 from regimewrap import RegimePolicy, at_keep_ratio, gate_of, unwrap, wrap
 from regimewrap.errors import PolicyError, SignalError, WrapError
-from regimewrap.strategies import Sawtooth
+from regimewrap.policy.strategies import Sawtooth
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, 
 from transformers.utils.logging import disable_progress_bar
 
 from regimewrap import CyclePolicy, GatePolicy, RegimePolicy
-from regimewrap.strategies import Dense, EmaReset
+from regimewrap.policy.strategies import Dense, EmaReset
 
 DEFAULTS: dict[str, Any] = {
     "steps": 60,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regimewrap.errors import PolicyError
-from regimewrap.policy import PRESETS, CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
-from regimewrap.strategies import Constant, EmaReset, Sawtooth
+from regimewrap.policy.policy import PRESETS, CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
+from regimewrap.policy.strategies import Constant, EmaReset, Sawtooth
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from regimewrap.errors import PolicyError, RegimewrapError
-from regimewrap.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy, require_ratio
-from regimewrap.strategies import EmaReset
+from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy, require_ratio
+from regimewrap.policy.strategies import EmaReset
 
 KINDS = "constant, dense, ema-relax, ema-reset, plateau-reset, sawtooth"
 

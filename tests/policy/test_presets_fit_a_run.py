@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regimewrap.cycler import RegimeCycler
+from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.errors import PolicyError
-from regimewrap.gate import TopKGate
-from regimewrap.policy import METHOD_STEPS, PRESETS, RegimePolicy
+from regimewrap.gate.gate import TopKGate
+from regimewrap.policy.policy import METHOD_STEPS, PRESETS, RegimePolicy
 
 EACH = pytest.mark.parametrize("name", PRESETS)
 

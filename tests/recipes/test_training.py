@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from regimewrap.errors import NoSitesError, SignalError
-from regimewrap.gate import gate_of
-from regimewrap.policy import RegimePolicy
+from regimewrap.gate.gate import gate_of
+from regimewrap.policy.policy import RegimePolicy
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.training import TrainSettings, accuracy, build_model, train_run
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from regimewrap.errors import RegimewrapError
-from regimewrap.policy import RegimePolicy
+from regimewrap.policy.policy import RegimePolicy
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.training import Status, TrainSettings, train_run
 from regimewrap.recipes.workers import Job, Work, default_workers, train_jobs
-from regimewrap.results import Run
+from regimewrap.report.results import Run
 
 WORK = Work("digits", 40, TrainSettings(arch="wrn-10-1", epochs=2, batch_size=10, lr=0.05, keep_ratios=(1.0,)))
 JOBS = [Job("reset", RegimePolicy.preset("loss-reset", total_steps=8), seed) for seed in range(3)]

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import pytest
 
-from regimewrap.results import Arm, Experiment, Run, TracePoint
+from regimewrap.report.results import Arm, Experiment, Run, TracePoint
 
 ABOUT = {"dense": "Never gated.", "loss-reset": "Back to the full budget when the loss falls behind."}
 

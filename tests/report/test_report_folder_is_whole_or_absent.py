@@ -9,7 +9,7 @@ import yaml
 
 from regimewrap.errors import DataError, MissingExtraError
 from regimewrap.report import write_report
-from regimewrap.results import Experiment
+from regimewrap.report.results import Experiment
 
 FILES = {
     "report.html",

@@ -260,7 +260,7 @@ def test_a_value_of_another_kind_goes_by_the_source(value, x):
     bare.scale = model.scale = value
     assert torch.equal(model(x), bare(x))
     assert not graph_runs(model, x)
-    with at_keep_ratio(model, 0.1), regimewrap.telemetry.watch(model) as seen:
+    with at_keep_ratio(model, 0.1), regimewrap.watch(model) as seen:
         model(x)
     assert seen.bound == 1
     model.scale = 1.0
@@ -377,7 +377,7 @@ def test_a_child_with_two_names_is_called_by_the_name_in_the_method(x):
 def test_an_unused_activation_is_not_passed_on(x):
     """Unlike an in-place one, whose input is what code goes on with."""
     model = wrap(make(Auxiliary)).eval()
-    with at_keep_ratio(model, 0.1), regimewrap.telemetry.watch(model) as seen:
+    with at_keep_ratio(model, 0.1), regimewrap.watch(model) as seen:
         y = model(x)
         expected = model.head(topk_gate(F.relu(model.stem(x)), gate_of(model).keep_ratio))
     assert set(seen.by_site) == {"forward.relu", "forward.silu"}

@@ -242,7 +242,7 @@ def test_a_gated_model_is_what_its_reference_computes(make, x):
     """The gate acts on the activation itself: for one activation at the end, the output's density is the keep ratio."""
     torch.manual_seed(0)
     model = wrap(make(), regimewrap.RegimePolicy())
-    with at_keep_ratio(model, 0.25), regimewrap.telemetry.watch(model) as seen:
+    with at_keep_ratio(model, 0.25), regimewrap.watch(model) as seen:
         model(x.clone())
     assert seen.density <= 0.25
 

@@ -14,7 +14,7 @@ from torch import nn
 import regimewrap
 from regimewrap import GatePolicy, RegimePolicy, SitePolicy, gate_of, plan, wrap
 from regimewrap.errors import PolicyError
-from regimewrap.sites.layout import channel_dim
+from regimewrap.sites.flow.layout import channel_dim
 
 
 class Weigher(nn.Module):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regimewrap import topk
-from regimewrap.topk import cpu, op
+from regimewrap.topk import op
+from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import kept
 from regimewrap.topk.selection import INTEGERS, Selection, memory_rows
@@ -224,8 +225,8 @@ def test_a_forked_process_gates_with_threads_of_its_own(monkeypatch):
 def unloaded(monkeypatch):
     monkeypatch.setattr(cpu.KERNELS, "module", None)
     monkeypatch.setattr(cpu.KERNELS, "usable", True)
-    monkeypatch.delitem(sys.modules, "regimewrap.topk.numba_kernels", raising=False)
-    monkeypatch.delattr(topk, "numba_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "regimewrap.topk.cpu.kernels", raising=False)
+    monkeypatch.delattr(topk.cpu, "kernels", raising=False)
 
 
 @pytest.mark.usefixtures("unloaded")

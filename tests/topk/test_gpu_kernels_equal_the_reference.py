@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regimewrap import topk
-from regimewrap.topk import gpu, gpu_packing, plain
+from regimewrap.topk import plain
+from regimewrap.topk.gpu import dispatch as gpu
 from regimewrap.topk.op import relu_gate, topk_gate
 from regimewrap.topk.reference import kept
 from regimewrap.topk.selection import INTEGERS, Selection
@@ -249,13 +250,12 @@ def test_a_kernel_that_does_not_build_gives_one_warning_and_the_plain_result(mon
         assert not gpu.gate(x, y, nothing, 0.5, Selection())
 
 
-@pytest.mark.parametrize("kernels", [gpu.KERNELS, gpu_packing.KERNELS])
-def test_a_missing_triton_is_told_of_once(kernels, monkeypatch):
+def test_a_missing_triton_is_told_of_once(monkeypatch):
+    kernels = gpu.KERNELS
     monkeypatch.setattr(kernels, "module", None)
     monkeypatch.setattr(kernels, "usable", True)
-    for name in ("triton_kernels", "triton_packing"):
-        monkeypatch.delitem(sys.modules, f"regimewrap.topk.{name}", raising=False)
-        monkeypatch.delattr(topk, name, raising=False)
+    monkeypatch.delitem(sys.modules, "regimewrap.topk.gpu.kernels", raising=False)
+    monkeypatch.delattr(topk.gpu, "kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.warns(RuntimeWarning, match="triton is not installed; run: pip install triton"):
         assert kernels.get() is None

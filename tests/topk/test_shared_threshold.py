@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from regimewrap.errors import SelectionError
-from regimewrap.topk import cpu
+from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import histogram, reaches
 from regimewrap.topk.threshold import (

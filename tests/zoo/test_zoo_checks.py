@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo_checks import Census, NondeterministicModelError, examine
 
 import regimewrap
-from regimewrap.gate import TopKGate
+from regimewrap.gate.gate import TopKGate
 
 
 class Toy(nn.Module):

@@ -1,0 +1,246 @@
+"""One wrapped model at many budgets: a metric at each, and BatchNorm statistics for one.
+
+Only evaluates: no training, and no drawing beyond the one curve of a ``Sweep``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, SupportsFloat, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from regimewrap.errors import DataError, MissingExtraError, PolicyError, WrapError
+from regimewrap.gate.gate import at_keep_ratio, gate_of
+from regimewrap.policy.policy import require_ratio
+
+
+@final
+@dataclass(frozen=True)
+class Sweep:
+    """A metric at each of several budgets. Prints as a table.
+
+    Attributes:
+        values: keep ratio, in (0, 1], to the metric there, in the order evaluated.
+    """
+
+    values: Mapping[float, float]
+
+    def __str__(self) -> str:
+        rows = [("keep ratio", "value"), *((f"{ratio:g}", f"{value:.4f}") for ratio, value in self.values.items())]
+        width = max(len(value) for _, value in rows)
+        return "\n".join(f"{ratio:>10}  {value:>{width}}" for ratio, value in rows)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the metric over the keep ratio, on a logarithmic axis.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones if ``None``.
+
+        Returns:
+            The axes.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            raise MissingExtraError("matplotlib", "cli") from None
+        if ax is None:
+            _, ax = pyplot.subplots()
+        ratios = sorted(self.values)
+        ax.plot(ratios, [self.values[ratio] for ratio in ratios], marker="o")
+        ax.set_xscale("log")
+        ax.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        ax.minorticks_off()
+        ax.set_xlabel("keep ratio")
+        ax.set_ylabel("value")
+        return ax
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``.json`` (a mapping from keep ratio to value) or ``.csv`` (two columns), whole or not at all.
+
+        Raises:
+            DataError: the suffix is another one, or the file cannot be written.
+        """
+        values = {f"{ratio:g}": value if math.isfinite(value) else None for ratio, value in self.values.items()}
+        save_figures(path, "a sweep", values, [("keep_ratio", "value"), *self.values.items()])
+
+
+def sweep(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], SupportsFloat],
+    keep_ratios: Iterable[float] = (1.0, 0.5, 0.2, 0.1),
+) -> Sweep:
+    """Evaluate a wrapped model at several budgets.
+
+    Args:
+        model: a wrapped model. It is evaluated in eval mode and without gradients, at each ratio whatever its policy's
+            ``eval_keep_ratio``; afterwards every module's mode and the keep ratio are as they were, also on an error.
+        evaluate: takes the model, returns a number such as the accuracy on a fixed set.
+        keep_ratios: fractions in (0, 1], evaluated in this order.
+
+    Raises:
+        NotWrappedError: the model is not wrapped.
+        PolicyError: there is no ratio, or one is outside (0, 1].
+        WrapError: ``evaluate`` returned something other than a number.
+    """
+    gate_of(model)
+    ratios = [require_ratio("keep_ratios", ratio) for ratio in keep_ratios]
+    if not ratios:
+        raise PolicyError("keep_ratios must hold at least one fraction in (0, 1]; got none.")
+    values: dict[float, float] = {}
+    with modes_restored(model), torch.no_grad():
+        model.eval()
+        for ratio in ratios:
+            with at_keep_ratio(model, ratio):
+                values[ratio] = metric(evaluate(model))
+    return Sweep(MappingProxyType(values))
+
+
+def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], keep_ratio: float) -> None:
+    """Re-estimate BatchNorm's running statistics, in place, for the budget the model will serve at.
+
+    The statistics become the plain average over the batches. Only BatchNorm layers are in train mode meanwhile; modes
+    and momenta come back afterwards. If anything fails, so do the statistics.
+
+    Args:
+        model: a wrapped model with BatchNorm layers that track running statistics.
+        loader: batches of training inputs: tensors, tuples or lists whose first item is the input, or dicts of keyword
+            arguments. A few hundred samples are enough. Tensors are moved to the device of the model.
+        keep_ratio: the budget, in (0, 1].
+
+    Raises:
+        NotWrappedError: the model is not wrapped.
+        PolicyError: the ratio is outside (0, 1].
+        WrapError: no layer tracks running statistics.
+        DataError: the loader gave no batch, or a batch of another kind.
+    """
+    gate_of(model)
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not layers:
+        raise WrapError(
+            f"{type(model).__name__} has no BatchNorm layer with running statistics; there is nothing to recalibrate."
+        )
+    with at_keep_ratio(model, keep_ratio), modes_restored(model), _averaging(layers), torch.no_grad():
+        model.eval()
+        for layer in layers:
+            layer.train()
+        batches, device = 0, next(layers[0].buffers()).device
+        for batch in loader:
+            run_batch(model, batch, device)
+            batches += 1
+        if batches == 0:
+            raise DataError("the loader gave no batch; BatchNorm needs at least one to recalibrate from.")
+
+
+def save_figures(path: str | os.PathLike[str], what: str, values: Any, table: Iterable[Iterable[Any]]) -> None:
+    """Write ``values`` to a ``.json`` file or ``table`` to a ``.csv`` file, whole or not at all.
+
+    Raises:
+        DataError: the suffix is another one, or the file cannot be written.
+    """
+    path = Path(path)
+    match path.suffix.lower():
+        case ".json":
+            text = json.dumps(values, indent=1) + "\n"
+        case ".csv":
+            lines = io.StringIO()
+            csv.writer(lines, lineterminator="\n").writerows(table)
+            text = lines.getvalue()
+        case suffix:
+            raise DataError(f"{what} is saved as .json or .csv; got {suffix!r} ({path}).")
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written; a file that was there is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's mode back on the way out."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        # One by one: a user may have frozen some modules in eval mode.
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Let layers average their statistics from scratch; put the old ones back if that fails."""
+    before = [(layer, layer.momentum, {name: b.clone() for name, b in layer.named_buffers()}) for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = None  # PyTorch's word for the plain average
+            layer.reset_running_stats()
+        yield
+    except BaseException:
+        for layer, _, buffers in before:
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
+    finally:
+        for layer, momentum, _ in before:
+            layer.momentum = momentum
+
+
+def run_batch(model: nn.Module, batch: Any, device: torch.device) -> None:
+    """Run a model on one batch of a loader; see ``recalibrate_batchnorm`` for the kinds of batches.
+
+    Raises:
+        DataError: the batch is of another kind.
+    """
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    match batch:
+        case Tensor():
+            model(moved(batch))
+        case Mapping():
+            model(**{name: moved(value) for name, value in batch.items()})
+        case [Tensor() as inputs, *_]:
+            model(moved(inputs))
+        case _:
+            raise DataError(
+                f"a batch must be a tensor, a tuple or list starting with one, or a dict; got {type(batch).__name__}."
+            )
+
+
+def metric(value: SupportsFloat) -> float:
+    """Return what ``evaluate`` returned as a number.
+
+    Raises:
+        WrapError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise WrapError(f"evaluate must return one number, such as an accuracy; got {value!r:.80}.") from None

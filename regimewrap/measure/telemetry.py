@@ -1,0 +1,100 @@
+"""What the gates do, as numbers: density, whether the gate binds, units that never fire. Watches; changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from regimewrap.gate.gate import Site, gate_of
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One site over the watched forward passes.
+
+    Attributes:
+        calls: how often it ran.
+        units: units that went through, over all calls.
+        density: share of them that were non-zero after the gate, 0..1.
+        density_before: share that were non-zero before it.
+        bound: share of the calls in which the gate zeroed at least one non-zero unit.
+    """
+
+    calls: int
+    units: int
+    density: float
+    density_before: float
+    bound: float
+
+
+class Watch:
+    """Counts of the watched forward passes; they stay on their device until they are read."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[Tensor]] = defaultdict(list)
+        self._units: dict[str, int] = defaultdict(int)
+
+    @torch.no_grad()
+    def __call__(self, site: Site, before: Tensor, after: Tensor) -> None:
+        """Take one site's activation before and after the gate."""
+        if torch._C._current_graph_task_id() >= 0:
+            return  # inside a backward pass: a recomputation of what was counted before
+        non_zero_before = torch.count_nonzero(before)
+        non_zero_after = torch.count_nonzero(after) if after is not before else non_zero_before
+        self._counts[site.name].append(torch.stack((non_zero_before, non_zero_after)))
+        self._units[site.name] += before.numel()
+
+    @property
+    def by_site(self) -> dict[str, SiteRecord]:
+        """A record for each site that ran; reading it waits for the device once a site."""
+        records = {}
+        for name, counts in self._counts.items():
+            pairs = torch.stack(counts).tolist()
+            units = max(self._units[name], 1)
+            records[name] = SiteRecord(
+                calls=len(pairs),
+                units=self._units[name],
+                density=sum(after for _, after in pairs) / units,
+                density_before=sum(before for before, _ in pairs) / units,
+                bound=sum(after < before for before, after in pairs) / len(pairs),
+            )
+        return records
+
+    @property
+    def density(self) -> float:
+        """Share of units, over all sites, that were non-zero after the gate; 0.0 if nothing ran."""
+        records = self.by_site.values()
+        return sum(each.density * each.units for each in records) / max(sum(each.units for each in records), 1)
+
+    @property
+    def bound(self) -> float:
+        """Share of the sites that ran at which the gate zeroed at least one non-zero unit; 0.0 if nothing ran."""
+        records = self.by_site.values()
+        return sum(each.bound > 0 for each in records) / max(len(records), 1)
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Watch]:
+    """Record what the gates of a wrapped model do in the forward passes inside the block.
+
+    Args:
+        model: a wrapped model, in eager mode.
+
+    Yields:
+        A ``Watch``; read it during or after the block.
+
+    Raises:
+        NotWrappedError: the model is not wrapped.
+    """
+    gate = gate_of(model)
+    seen = Watch()
+    gate.observers.append(seen)
+    try:
+        yield seen
+    finally:
+        gate.observers.remove(seen)

@@ -1,0 +1,1 @@
+"""Inference at one budget: fixed thresholds in place of the selection."""

@@ -1,0 +1,1 @@
+"""Source code in, activation calls out; runs nothing and changes nothing."""

@@ -1,0 +1,86 @@
+"""Which activation a call, a name, or what an object holds stands for, as far as code shows."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import types
+from collections.abc import Set
+from typing import Any
+
+from torch import nn
+
+from regimewrap.sites import catalog
+from regimewrap.sites.read.code import TORCH_LAYERS, UNKNOWN, Scope, constant_of, names_in
+
+
+def kind_of_call(node: ast.Call, scope: Scope, registered: Set[int]) -> str | None:
+    """Return the kind of activation that a call is, if it is one; ``registered`` as for ``find_calls``."""
+    value = scope.value_of(node.func)
+    if value is UNKNOWN:
+        if isinstance(node.func, ast.Attribute) and scope.value_of(node.func.value) is UNKNOWN:
+            return catalog.TENSOR_METHODS.get(node.func.attr)
+        if isinstance(node.func, ast.Subscript):
+            return _kind_held(scope.value_of(node.func.value), constant_of(node.func.slice, scope))
+        if isinstance(node.func, ast.Call):  # nn.ReLU()(x)
+            return catalog.kind_of_class(scope.value_of(node.func.func))
+        return None
+    if isinstance(value, nn.Module):
+        return None if id(value) in registered or not registered else catalog.kind_of_module(value)
+    return catalog.kind_of_function(value)
+
+
+def _kind_held(container: Any, key: Any = UNKNOWN) -> str | None:
+    """Return the kind of what a list or dict gives for a key, or for every key, if that is an activation function."""
+    if isinstance(container, dict):
+        values = [dict.__getitem__(container, key)] if _has(container, key) else list(dict.values(container))
+    elif type(container) in (list, tuple):
+        values = list(container)
+    else:
+        return None
+    # A dictionary with a __getitem__ of its own may make what it returns, as Hugging Face's ACT2FN does of classes.
+    makes = isinstance(container, dict) and type(container).__getitem__ is not dict.__getitem__
+    kinds = {_kind_of_item(value, makes) for value in values}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _has(container: dict[Any, Any], key: Any) -> bool:
+    return type(key) in (str, int, bool) and dict.__contains__(container, key)
+
+
+def _kind_of_item(value: Any, makes: bool) -> str | None:
+    if makes:
+        value = value[0] if type(value) is tuple and value else value  # a class with its arguments
+        if isinstance(value, type):
+            return catalog.kind_of_class(value)
+    return None if isinstance(value, nn.Module) else catalog.kind_of_function(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def names_activation(function: types.FunctionType) -> bool:
+    """Say whether code uses a name that may be an activation's, whatever it does with it."""
+    names = names_in(function.__code__)
+    return any(
+        name in catalog.TENSOR_METHODS
+        or catalog.kind_of_name(name) is not None
+        or _holds_activation(function.__globals__.get(name))
+        for name in names
+    )
+
+
+def held_activations(module: nn.Module) -> Set[str]:
+    """Return the names of plain attributes that are activation functions, or lists or dicts of them."""
+    held = {name for name, value in module.__dict__.items() if not name.startswith("_") and _holds_activation(value)}
+    return held | {"activation"} if isinstance(module, TORCH_LAYERS) else held
+
+
+def _holds_activation(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, dict) and depth:
+        makes = type(value).__getitem__ is not dict.__getitem__
+        values = list(dict.values(value))
+        return any(_kind_of_item(each, makes) is not None or _holds_activation(each, depth - 1) for each in values)
+    if type(value) in (list, tuple) and depth:
+        return any(_holds_activation(each, depth - 1) for each in value)
+    if isinstance(value, nn.Module):
+        return catalog.kind_of_module(value) is not None
+    return callable(value) and catalog.kind_of_function(value) is not None

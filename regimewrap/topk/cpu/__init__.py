@@ -1,0 +1,1 @@
+"""The selection on CPUs, compiled by numba."""

@@ -1,0 +1,237 @@
+"""The way to the compiled CPU kernels: which tensors they serve, how rows are shared among threads, what if they fail.
+
+This file must be cheap to import and never import numba by itself: that takes half a second, and compiling a few more,
+once per dtype and machine (numba keeps the result on disk). Where no kernel serves, the caller selects in plain torch.
+
+Why numba: 16 rows of 65,536 float32 after a ReLU at keep ratio 0.2, one thread of an AMD EPYC with AVX-512 that other
+work shared, torch 2.14.1, numba 0.68, nanoseconds per element: numba 0.6, the same search in C++ through
+``torch.utils.cpp_extension`` 0.8, bisection in torch operations through Inductor 10, ``torch.topk`` 19. Numba is
+installed as a wheel and compiles in 3 s; the other two took 53 s and 58 s and need a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regimewrap.topk.loading import Kernels
+from regimewrap.topk.selection import INTEGERS, Selection, memory_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Elements below which a tensor does not make us load numba.
+_WORTH_LOADING = 1 << 12
+#: Elements that keep a thread busy for longer than it takes to wake it.
+_GRAIN = 1 << 16
+#: Units in a row that a kernel does not count.
+_TOO_LONG = 1 << 31
+
+_SCORES = {"magnitude": 0, "value": 1, "positive": 2}
+
+
+def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection) -> bool:
+    """Write the gated ``x`` to ``y``, and which units were kept to ``bits`` unless that is empty.
+
+    Args:
+        x: on the CPU, any strides, at least one element.
+        y: ``torch.empty_like(x)``.
+        bits: uint8, one bit for each element in the order of ``y``'s memory, or empty.
+        ratio: effective keep ratio, in (0, 1).
+        selection: what is ranked with what.
+
+    Returns:
+        False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
+    """
+    kernels = _kernels(x)
+    blocks = memory_rows(y, selection)
+    if kernels is None or blocks is None:
+        return False
+    if blocks[1] >= _TOO_LONG:
+        _tell_of_long_rows()
+        return False
+    outer, units, inner = blocks
+    integer, infinity = INTEGERS[x.dtype]
+    if x.stride() != y.stride() or x.is_neg():
+        x = torch.empty_like(y).copy_(x)
+    source, result = _flat(x, integer), _flat(y, integer)
+    scalar = source.dtype.type
+    settings = (
+        units,
+        ratio,
+        selection.relative_to == "active",
+        selection.ties == "exact",
+        _SCORES[selection.score],
+        scalar(infinity),
+        scalar((1 << 8 * x.element_size() - 1) - 1),
+    )
+    packed = bits.numpy()
+    # Rows that do not fill bytes are packed eight at a time.
+    step = 1 if packed.size == 0 or units * inner % 8 == 0 else 8
+
+    def run(start: int, stop: int) -> None:
+        if inner == 1:
+            kernels.gate_rows(source, result, packed, start, stop, *settings)
+        else:
+            kernels.gate_positions(source, result, packed, start, stop, *settings, inner)
+
+    return _share(run, outer, step, x.numel())
+
+
+def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str) -> bool:
+    """Write the units of ``x`` that reach a threshold to ``y``, and zero elsewhere.
+
+    Args:
+        x: on the CPU, any strides, at least one element.
+        y: ``torch.empty_like(x)``.
+        bits: as for ``gate``.
+        threshold: 0-d, on the CPU; rounded to the dtype of ``x``.
+        score: "magnitude", or "positive" for the magnitude after a ReLU, which is then applied.
+
+    Returns:
+        False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
+    """
+    kernels = _kernels(x)
+    if kernels is None:
+        return False
+    integer, infinity = INTEGERS[x.dtype]
+    if x.stride() != y.stride() or x.is_neg():
+        x = torch.empty_like(y).copy_(x)
+    source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
+    scalar = source.dtype.type
+    pivot = scalar(threshold.to(x.dtype).view(integer).item())
+    settings = (pivot, _SCORES[score], scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1))
+
+    def run(start: int, stop: int) -> None:
+        kernels.cut(source, result, packed, start, stop, *settings)
+
+    return _share(run, source.size, 8, source.size)
+
+
+def count(x: Tensor, counts: Tensor, after_relu: bool, shift: int) -> bool:
+    """Add the magnitudes of ``x`` to a histogram of the top bits of their floats.
+
+    Args:
+        x: float32, on the CPU, any strides, at least one element.
+        counts: int64, one bin for each pattern of the top bits from zero to infinity. NaN is not counted.
+        after_relu: count ``relu(x)`` instead.
+        shift: low bits that a bin leaves open.
+
+    Returns:
+        False if no kernel serves this tensor; ``counts`` is then as it was.
+    """
+    kernels = _kernels(x)
+    if kernels is None or x.numel() >= 1 << 32:  # more than a kernel counts
+        return False
+    dense = torch.empty_like(x)
+    if x.stride() != dense.stride() or x.is_neg():
+        x = dense.copy_(x)
+    integer, infinity = INTEGERS[x.dtype]
+    source, parts = _flat(x, integer), []
+    scalar = source.dtype.type
+    score = _SCORES["positive" if after_relu else "magnitude"]
+    settings = (score, scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1), shift)
+
+    def run(start: int, stop: int) -> None:
+        parts.append(kernels.count(source, start, stop, *settings))
+
+    if not _share(run, source.size, 1, source.size):
+        return False
+    for part in parts:
+        counts += torch.from_numpy(part)
+    return True
+
+
+def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
+    """Write ``grad`` to ``out`` where a bit is set, and zero elsewhere.
+
+    Args:
+        grad: on the CPU, at least one element, strides of ``out``, no lazy negation.
+        bits: as ``gate`` wrote them.
+        out: fills its memory without gaps.
+
+    Returns:
+        False if no kernel serves this tensor; ``out`` is then undefined.
+    """
+    kernels = _kernels(grad)
+    if kernels is None or grad.dtype not in INTEGERS:
+        return False
+    integer, _ = INTEGERS[grad.dtype]
+    source, result, packed = _flat(grad, integer), _flat(out, integer), bits.numpy()
+
+    def run(start: int, stop: int) -> None:
+        kernels.mask_gradient(source, packed, result, start, stop)
+
+    return _share(run, packed.size, 1, grad.numel())
+
+
+def _tell_of_long_rows() -> None:
+    warnings.warn(
+        f"regimewrap selects in plain torch among {_TOO_LONG} units or more: same results, 10 to 20 times slower.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _flat(x: Tensor, integer: torch.dtype) -> Any:
+    """View the memory of a tensor without gaps as a flat numpy array of integers."""
+    return x.as_strided((x.numel(),), (1,)).view(integer).numpy()
+
+
+def _import() -> ModuleType:
+    from regimewrap.topk.cpu import kernels as numba_kernels
+
+    return numba_kernels
+
+
+KERNELS = Kernels(
+    _import,
+    "numba",
+    "pip install 'regimewrap[fast]'",
+    "selects on the CPU in plain torch: same results, 10 to 20 times slower",
+)
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    if sys.byteorder != "little" or (KERNELS.module is None and x.numel() < _WORTH_LOADING):
+        return None
+    return KERNELS.get()
+
+
+def _share(run: Callable[[int, int], None], items: int, step: int, elements: int) -> bool:
+    """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
+    threads = torch.get_num_threads()
+    parts = min(threads, elements // _GRAIN, items // step)
+    if parts <= 1:
+        return KERNELS.survive(lambda: run(0, items))
+    bounds = [items // step * part // parts * step for part in range(parts)] + [items]
+
+    def work() -> None:
+        others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
+        try:
+            run(*bounds[:2])
+        finally:
+            wait(others)  # nobody writes to the tensor once we have returned
+        for other in others:
+            other.result()
+
+    return KERNELS.survive(work)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    # Threads of our own: numba's would need a layer that is safe to fork and to enter from several threads at once,
+    # and none on Linux is both.
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="regimewrap")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,1 @@
+"""The selection on GPUs, compiled by Triton."""

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regimewrap.errors import PolicyError
+from regimewrap.policy.strategies import EmaRelax, EmaReset, Move, PlateauReset, Sawtooth, Situation, Strategy
+
+
+def now(**known: Any) -> Situation:
+    unknown = {
+        "keep_ratio": 1.0,
+        "signal": 1.0,
+        "best": 1.0,
+        "fall": 0.0,
+        "decision": 0,
+        "since_raise": None,
+        "held": 0,
+    }
+    return Situation(**{**unknown, **known})
+
+
+def teeth(sawtooth: Sawtooth, decisions: int) -> list[float]:
+    return [sawtooth.initial_keep_ratio] + [sawtooth.next_move(now(decision=d)).keep_ratio for d in range(decisions)]
+
+
+shapes = st.sampled_from(["linear", "geometric", "cosine"])
+
+
+@settings(deadline=None)
+@given(
+    shape=shapes,
+    decisions=st.integers(2, 50),
+    floor=st.floats(0, 1, exclude_min=True),
+    at=st.integers(0, 10**9),
+    keep_ratio=st.floats(0, 1, exclude_min=True),
+    fall=st.floats(0, math.inf),
+)
+def test_a_sawtooth_depends_on_the_decision_count_alone(shape, decisions, floor, at, keep_ratio, fall):
+    sawtooth = Sawtooth(shape=shape, decisions=decisions, floor=floor)
+
+    move = sawtooth.next_move(now(decision=at, keep_ratio=keep_ratio, fall=fall, held=at % 7))
+
+    assert move == sawtooth.next_move(now(decision=at))
+    assert move == sawtooth.next_move(now(decision=at + decisions))
+
+
+@settings(deadline=None)
+@given(shape=shapes, decisions=st.integers(2, 50), floor=st.floats(0, 1, exclude_min=True))
+def test_a_tooth_goes_from_dense_down_to_the_floor(shape, decisions, floor):
+    tooth = teeth(Sawtooth(shape=shape, decisions=decisions, floor=floor), decisions)
+
+    assert tooth[0] == tooth[decisions] == 1.0
+    assert tooth[decisions - 1] == pytest.approx(floor)
+    assert all(before >= after >= floor for before, after in pairwise(tooth[:decisions]))
+
+
+def test_each_shape_goes_down_in_its_own_way():
+    linear, geometric, cosine = (
+        teeth(Sawtooth(shape=shape, decisions=5, floor=0.0625), 4) for shape in ("linear", "geometric", "cosine")
+    )
+
+    assert linear == pytest.approx([1, 0.765625, 0.53125, 0.296875, 0.0625])
+    assert geometric == pytest.approx([1, 0.5, 0.25, 0.125, 0.0625])
+    assert cosine == pytest.approx([1, 0.86271, 0.53125, 0.19979, 0.0625], abs=1e-5)
+
+
+def test_ema_reset_sits_out_its_cooldown_and_then_judges_again():
+    strategy = EmaReset(decay=0.5, tolerance=0.1, cooldown=2)
+
+    moves = [strategy.next_move(now(since_raise=since, fall=9.0)) for since in (None, 1, 2, 3)]
+
+    assert [move.event for move in moves] == ["reset", "hold", "hold", "reset"]
+
+
+def test_ema_relax_gives_back_more_the_further_behind_up_to_its_caps():
+    strategy = EmaRelax(tolerance=0.01, step=0.03, step_cap=0.1)
+
+    raised = [strategy.next_move(now(keep_ratio=0.5, fall=fall)).keep_ratio - 0.5 for fall in (0.011, 0.02, 0.5)]
+
+    assert raised == pytest.approx([0.03 * 1.15, 0.03 * 2.5, 0.1])
+    assert strategy.next_move(now(keep_ratio=0.99, fall=0.5)) == Move(1.0, "relax")
+    assert strategy.next_move(now(keep_ratio=0.5, fall=math.inf)).keep_ratio == 0.6
+
+
+def test_plateau_reset_waits_for_the_signal_and_gives_up_after_its_patience():
+    strategy = PlateauReset(decay=0.5, tolerance=0.1, patience=2, floor=0.2)
+
+    assert strategy.next_move(now(keep_ratio=0.8, fall=0.1)) == Move(0.4, "compress")
+    assert strategy.next_move(now(keep_ratio=0.3, fall=0.0)) == Move(0.2, "compress")
+    assert strategy.next_move(now(keep_ratio=0.8, fall=0.2, held=1)) == Move(0.8, "hold")
+    assert strategy.next_move(now(keep_ratio=0.8, fall=0.2, held=2)) == Move(1.0, "reset")
+
+
+def test_plateau_reset_resets_at_the_floor():
+    assert PlateauReset(floor=0.2).next_move(now(keep_ratio=0.2)) == Move(1.0, "reset")
+
+
+@pytest.mark.parametrize("cls", [EmaReset, EmaRelax])
+@settings(deadline=None)
+@given(decisions=st.integers(1, 2000))
+def test_rescaled_a_compression_to_a_tenth_and_the_cooldown_fill_the_cycle(cls: type[EmaReset], decisions: int):
+    strategy = cls().rescaled(decisions)
+
+    assert strategy.cooldown <= decisions / 8
+    assert strategy.decay ** (decisions - strategy.cooldown) == pytest.approx(0.1)
+
+
+def test_rescaled_relaxing_undoes_as_many_compressions_as_before():
+    before = EmaRelax()
+    after = before.rescaled(40)
+
+    assert math.log(after.decay) / math.log(before.decay) == pytest.approx(after.step / before.step)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EmaReset(decay=0), r"decay must be a fraction in \(0, 1\]; got 0\."),
+        (lambda: EmaReset(decay=98), r"got 98\. If you meant 98%, pass decay=0\.98\."),
+        (lambda: EmaReset(cooldown=-1), r"cooldown must be a whole number ≥ 0; got -1\."),
+        (lambda: EmaReset(tolerance=math.inf), r"tolerance must be a number ≥ 0; got inf\."),
+        (lambda: EmaReset(floor=True), r"floor must be a fraction in \(0, 1\]; got True\."),
+        (lambda: EmaRelax(tolerance=0), r"tolerance must be a number > 0; got 0\."),
+        (lambda: Sawtooth(decisions=1), r"decisions must be a whole number ≥ 2; got 1\."),
+        (lambda: Sawtooth(shape="cosin"), r"'linear', 'geometric', 'cosine'; got 'cosin'\. Did you mean 'cosine'\?"),
+        (lambda: EmaReset(toleranc=1), r"toleranc is not a setting; got 1\. Did you mean 'tolerance'\?"),
+        (lambda: EmaReset(0.9), r"EmaReset takes its settings by name; got 0\.9 without one"),
+    ],
+)
+def test_a_mistaken_setting_is_explained_when_the_strategy_is_built(build: Any, message: str):
+    with pytest.raises(PolicyError, match=message):
+        build()
+
+
+def test_the_base_class_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Strategy(kind="mine")
+
+
+def test_a_strategy_cannot_be_changed():
+    with pytest.raises(PolicyError, match=r"EmaReset is frozen; make a changed copy: \.replace\(decay=0\.5\)"):
+        EmaReset().decay = 0.5  # type: ignore[misc]
