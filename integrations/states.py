@@ -6,13 +6,13 @@ these go with it and are compared before anything changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from regimewrap import RegimeCycler, gate_of
 from regimewrap.errors import StateError
+from regimewrap.files import differences
 
 VERSION = 1
 
@@ -60,10 +60,10 @@ def resume(cycler: RegimeCycler, model: nn.Module, state: object) -> None:
             f"the state belongs to another model: it gates {_listed(state['sites'])}; "
             f"this one gates {_listed(here['sites'])}."
         )
-    differences = "; ".join(_differences(state["policy"], here["policy"], ""))
-    if differences:
+    problems = "; ".join(differences(state["policy"], here["policy"]))
+    if problems:
         raise StateError(
-            f"the state belongs to another policy: {differences}. "
+            f"the state belongs to another policy: {problems}. "
             "Use the policy the state was saved under, or start without the state."
         )
     cycler.load_state_dict(state["cycler"])
@@ -74,11 +74,3 @@ def _listed(sites: object) -> str:
         return repr(sites)
     shown = ", ".join(map(str, sites[:4]))
     return f"{len(sites)} activations ({shown}{', ...' if len(sites) > 4 else ''})"
-
-
-def _differences(saved: Any, here: Any, path: str) -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(here, dict):
-        for name in dict.fromkeys([*saved, *here]):
-            yield from _differences(saved.get(name), here.get(name), f"{path}.{name}".lstrip("."))
-    elif saved != here:
-        yield f"{path} is {saved!r} in the state and {here!r} here"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
 from regimewrap.gate.compiled import notice_hooks
@@ -24,6 +22,7 @@ from regimewrap.sites.finder import find
 from regimewrap.sites.flow.purpose import Purpose
 from regimewrap.sites.plan import Plan, Row
 from regimewrap.sites.probe import activation_shapes, as_call, run
+from regimewrap.torch_private import compiles_itself, is_compiled_module, original_of, tree_leaves
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -213,8 +212,8 @@ def _root(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif _is_compiled(model):
-            model = cast("nn.Module", model._orig_mod)
+        elif is_compiled_module(model):
+            model = original_of(model)
         else:
             break
     if isinstance(model, torch.jit.ScriptModule):
@@ -223,15 +222,10 @@ def _root(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    # Importing torch._dynamo takes seconds; nothing is compiled before somebody did.
-    return "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule)
-
-
 def _forget_compiled(model: nn.Module) -> None:
     notice_hooks()
     # What this model runs was compiled for the other state of it.
-    compiled = _is_compiled(model) or any(module._compiled_call_impl is not None for module in model.modules())
+    compiled = is_compiled_module(model) or any(compiles_itself(module) for module in model.modules())
     if compiled:
         torch.compiler.reset()
         warnings.warn(

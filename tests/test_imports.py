@@ -17,7 +17,8 @@ ADAPTERS = Path(__file__).parents[1] / "integrations"  # regimewrap.integrations
 
 # A room imports from rows above its own, and from itself. "regimewrap" is the front door, __init__.py.
 ORDER = [
-    {"_version", "errors"},
+    {"_version", "errors", "torch_private"},
+    {"files"},
     {"policy", "topk"},
     {"gate"},
     {"cycle", "sites"},
@@ -34,7 +35,7 @@ ORDER = [
 RANK = {room: rank for rank, row in enumerate(ORDER) for room in row}
 WITHOUT_TORCH = ["errors", "policy", "report"]
 # What adapters live on: the front door, whose functions share names with rooms, and the rooms documented beside it.
-PUBLIC = {"regimewrap", "wrap", "verify", "sweep", "errors", "policy", "measure", "recipes"}
+PUBLIC = {"regimewrap", "wrap", "verify", "sweep", "errors", "files", "policy", "measure", "recipes"}
 HEAVY = ["timm", "transformers", "torchvision", "matplotlib", "sklearn", "rich", "typer", "numba", "scipy", "pandas"]
 
 

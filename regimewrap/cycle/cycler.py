@@ -20,10 +20,11 @@ from regimewrap.cycle import ranks
 from regimewrap.cycle.state import LARGEST, Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.cycle.threshold import end_step
 from regimewrap.errors import PolicyError, SignalError
+from regimewrap.files import shown
 from regimewrap.gate.gate import TopKGate, gate_of
 from regimewrap.gate.network import NetworkThreshold
 from regimewrap.policy.policy import CyclePolicy, RegimePolicy
-from regimewrap.policy.settings import percent_hint, shown
+from regimewrap.policy.settings import percent_hint
 from regimewrap.policy.strategies import EVENTS, Move, Situation
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from regimewrap.errors import StateError
-from regimewrap.policy.settings import shown
+from regimewrap.files import differences, shown
 from regimewrap.policy.strategies import Event
 from regimewrap.topk.threshold import BINS
 
@@ -200,7 +200,7 @@ def restored(state: object, policy: CyclePolicy, *, network: bool) -> Saved:
     here = policy.model_dump(mode="json")
     if state["policy"] != here:
         raise StateError(
-            f"the state belongs to another policy: {'; '.join(_differences(state['policy'], here, 'cycle'))}. "
+            f"the state belongs to another policy: {'; '.join(differences(state['policy'], here, 'cycle'))}. "
             "Build the cycler with the policy the state was saved under, or start without the state."
         )
     try:
@@ -221,14 +221,6 @@ def restored(state: object, policy: CyclePolicy, *, network: bool) -> Saved:
     for complaint in _contradictions(saved, policy):
         raise StateError(f"the state is damaged: {complaint}.")
     return saved
-
-
-def _differences(saved: Any, here: Any, path: str) -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(here, dict):
-        for name in dict.fromkeys([*saved, *here]):
-            yield from _differences(saved.get(name), here.get(name), f"{path}.{name}")
-    elif saved != here:
-        yield f"{path} is {shown(saved)} in the state and {shown(here)} here"
 
 
 def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-_CONFIG = "torch._dynamo.config"
+from regimewrap.torch_private import COMPILER_CONFIG, has_compiled_code
 
 
 def notice_hooks() -> None:
     """Have compiled code look at hooks, now or once there is a compiler; what was compiled before is forgotten."""
-    config: Any = sys.modules.get(_CONFIG)
+    config: Any = sys.modules.get(COMPILER_CONFIG)
     if config is None:
         if not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
             sys.meta_path.insert(0, _OnImport())
@@ -28,7 +28,7 @@ def notice_hooks() -> None:
     if torch.compiler.is_compiling() or not config.skip_nnmodule_hook_guards:
         return
     config.skip_nnmodule_hook_guards = False
-    if torch._dynamo.convert_frame.input_codes.seen:
+    if has_compiled_code():
         torch.compiler.reset()
 
 
@@ -38,7 +38,7 @@ class _OnImport:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _CONFIG:
+        if name != COMPILER_CONFIG:
             return None
         if self in sys.meta_path:
             sys.meta_path.remove(self)

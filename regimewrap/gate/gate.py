@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regimewrap import torch_private
 from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
 from regimewrap.gate import recompute
 from regimewrap.gate.compiled import notice_hooks
@@ -270,7 +271,7 @@ class TopKGate:
         for memory in running:
             # Of a function with blocks in it, what holds outside of these is to be remembered.
             if self not in memory or memory[self][1] > depth:
-                with torch._C._DisableTorchDispatch():  # selective checkpointing counts operations
+                with torch_private.no_dispatch_modes():  # selective checkpointing counts operations
                     memory[self] = now.lasting(), depth
         return now
 
@@ -402,7 +403,7 @@ def at_keep_ratio(model: nn.Module, keep_ratio: float) -> Iterator[TopKGate]:
     gate = gate_of(model)
     before = float(gate.keep_ratio), gate._forced, gate._forced_in_backward, gate.thresholds
     gate.set_keep_ratio(keep_ratio)
-    gate._forced, gate._forced_in_backward, gate.thresholds = True, recompute.in_backward(), None
+    gate._forced, gate._forced_in_backward, gate.thresholds = True, torch_private.in_backward(), None
     gate._blocks += 1
     try:
         yield gate

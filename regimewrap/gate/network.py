@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from regimewrap import torch_private
 from regimewrap.topk.selection import Selection, check_selection
 from regimewrap.topk.threshold import BINS, count_scores, relu_threshold_gate, threshold_at, threshold_gate
 
@@ -69,7 +70,7 @@ class NetworkThreshold:
         check_selection(x, _AS_IN_SAMPLE_SCOPE, 1.0)
         there = self._on(x.device)
         # Inside a backward pass this is a recomputation of what was counted before.
-        if counted and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0):
+        if counted and (torch.compiler.is_compiling() or not torch_private.in_backward()):
             count_scores(x, there.counts, after_relu=relu)
         ratio, threshold = self.keep_ratio, there.threshold
         if in_eval and self.eval_ratio is not None:
@@ -123,7 +124,7 @@ class NetworkThreshold:
             with (
                 torch.inference_mode(mode=False),  # else nothing could change them outside of it
                 # Real tensors, also where a mode would make or count others. Works from its creation on, so not above.
-                nullcontext() if compiled else torch._C._DisableTorchDispatch(),
+                nullcontext() if compiled else torch_private.no_dispatch_modes(),
             ):
                 there = self._made_on(device)
         return there

@@ -15,21 +15,19 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 
+from regimewrap import torch_private
+
 _MEMORY = "_regimewrap_memory"
-_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
-
-
-def in_backward() -> bool:
-    """Say whether a backward pass is running in this thread."""
-    return torch._C._current_graph_task_id() >= 0
 
 
 def is_likely() -> bool:
     """Say quickly whether a checkpointed forward pass, or its recomputation, may be running in this thread."""
-    if in_backward() or _top_hooks(False) is not None:
+    if torch_private.in_backward() or torch_private.has_saved_tensor_hooks():
         return True
     # The reentrant mode runs inside the forward pass of an autograd function, which no_grad alone does not look like.
-    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+    return not (
+        torch.is_grad_enabled() or torch_private.is_forward_gradient_enabled() or torch.is_inference_mode_enabled()
+    )
 
 
 def memories() -> tuple[list[dict[Any, Any]], dict[Any, Any] | None]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regimewrap.errors import DataError, MissingExtraError, PolicyError, WrapError
+from regimewrap.files import write_whole
 from regimewrap.gate.gate import at_keep_ratio, gate_of
 from regimewrap.policy.policy import require_ratio
 
@@ -163,21 +164,6 @@ def save_figures(path: str | os.PathLike[str], what: str, values: Any, table: It
         case suffix:
             raise DataError(f"{what} is saved as .json or .csv; got {suffix!r} ({path}).")
     write_whole(path, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        DataError: it cannot be written; a file that was there is as it was.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from regimewrap import torch_private
 from regimewrap.gate.gate import Site, gate_of
 
 
@@ -42,7 +43,7 @@ class Watch:
     @torch.no_grad()
     def __call__(self, site: Site, before: Tensor, after: Tensor) -> None:
         """Take one site's activation before and after the gate."""
-        if torch._C._current_graph_task_id() >= 0:
+        if torch_private.in_backward():
             return  # inside a backward pass: a recomputation of what was counted before
         non_zero_before = torch.count_nonzero(before)
         non_zero_after = torch.count_nonzero(after) if after is not before else non_zero_before

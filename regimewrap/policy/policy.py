@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from regimewrap.errors import PolicyError
+from regimewrap.errors import DataError, PolicyError
+from regimewrap.files import nearest, shown, write_whole
 from regimewrap.policy.settings import (
     Count,
     Positive,
@@ -23,9 +23,7 @@ from regimewrap.policy.settings import (
     Settings,
     Weight,
     Whole,
-    nearest,
     percent_hint,
-    shown,
     whole_number,
 )
 from regimewrap.policy.strategies import ByKind, Dense, EmaRelax, EmaReset, Sawtooth, Strategy
@@ -250,14 +248,10 @@ class RegimePolicy(Settings):
         """
         path = Path(path)
         text = self.to_json() if _is_json(path) else self.to_yaml()
-        draft = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
-            raise PolicyError(f"{path}: cannot write a policy file here: {error.strerror or error}.") from None
+            write_whole(path, text)
+        except DataError as error:
+            raise PolicyError(str(error)) from None
 
     @classmethod
     def _from_text(cls, text: str, parse: Callable[[str], object]) -> Self:

@@ -7,7 +7,6 @@ strategy that a user registers gets the same messages. No policy and no rule liv
 
 from __future__ import annotations
 
-import difflib
 import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from regimewrap.errors import PolicyError
+from regimewrap.files import nearest, shown
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -57,18 +57,6 @@ Positive = Annotated[float, Field(gt=0), NOT_A_BOOL]
 Whole = Annotated[int, NOT_A_BOOL]
 Natural = Annotated[int, Field(ge=0), NOT_A_BOOL]
 Count = Annotated[int, Field(ge=1), NOT_A_BOOL]
-
-
-def nearest(name: object, names: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest of ``names``, or nothing when none is near."""
-    found = difflib.get_close_matches(str(name).lower(), {known.lower(): known for known in names}, n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
-
-
-def shown(value: object) -> str:
-    """Return ``value`` as it is put into a message: its repr, on one line and short."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def percent_hint(name: str, value: object) -> str:

@@ -22,7 +22,8 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import CoreSchema, core_schema
 
 from regimewrap.errors import PolicyError
-from regimewrap.policy.settings import NOT_A_BOOL, Natural, NonNegative, Positive, Ratio, Settings, shown
+from regimewrap.files import shown
+from regimewrap.policy.settings import NOT_A_BOOL, Natural, NonNegative, Positive, Ratio, Settings
 
 if TYPE_CHECKING:
     from pydantic.json_schema import JsonSchemaValue

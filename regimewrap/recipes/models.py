@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -15,9 +14,10 @@ import torch
 from torch import nn
 
 from regimewrap.errors import MissingExtraError, WrapError
+from regimewrap.files import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 _FORMS = "torchvision:NAME, timm:NAME or PACKAGE.MODULE:CALLABLE"
 
@@ -48,7 +48,7 @@ def _torchvision(name: str) -> nn.Module:
     except ImportError:
         raise MissingExtraError("torchvision", "cli") from None
     if name not in models.list_models():
-        raise WrapError(f"torchvision has no model {name!r}.{_nearest(name, models.list_models())}")
+        raise WrapError(f"torchvision has no model {name!r}.{nearest(name, models.list_models())}")
     builder = models.get_model_builder(name)
     # Some models would fetch a pretrained backbone, or spend a minute on initial weights, unless told not to.
     offered = inspect.signature(builder).parameters
@@ -63,7 +63,7 @@ def _timm(name: str) -> nn.Module:
     except ImportError:
         raise MissingExtraError("timm", "timm") from None
     if not timm.is_model(name):
-        raise WrapError(f"timm has no model {name!r}.{_nearest(name, timm.list_models())}")
+        raise WrapError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
     return _without_memory(lambda: timm.create_model(name, pretrained=False))
 
 
@@ -87,7 +87,7 @@ def _called(module_name: str, path: str) -> nn.Module:
         if not hasattr(found, part):
             where = getattr(found, "__name__", module_name)
             public = [each for each in dir(found) if not each.startswith("_")]
-            raise WrapError(f"{where} has no {part!r}.{_nearest(part, public)}")
+            raise WrapError(f"{where} has no {part!r}.{nearest(part, public)}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
         return found
@@ -110,7 +110,7 @@ def _imported(name: str) -> Any:
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
         if missing and (name == missing or name.startswith(f"{missing}.")):
-            raise WrapError(f"there is no module {missing!r}.{_nearest(missing, _siblings(missing))}") from None
+            raise WrapError(f"there is no module {missing!r}.{nearest(missing, _siblings(missing))}") from None
         raise WrapError(f"importing {name} failed: {_one_line(error)}.") from error
 
 
@@ -127,11 +127,6 @@ def _checked(made: Any, label: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise WrapError(f"{label} gave {type(made).__name__}; expected a torch.nn.Module.")
     return made
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regimewrap.errors import DataError
+from regimewrap.files import write_whole
 from regimewrap.report import plots
 from regimewrap.report.page import policy_yaml, render
 
@@ -48,26 +47,13 @@ def write_report(experiment: Experiment, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write_whole(folder / name, content)
+            write_whole(folder / name, content)
         for name in pictures.keys() - shown.keys():
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"Cannot write the report to {folder}: {error.strerror or error}. Choose another folder."
         ) from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        beside.chmod(0o644)  # mkstemp's own is for the owner alone; a report is there to be passed on
-        beside.replace(path)
-    except BaseException:  # Ctrl-C as well
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _json(experiment: Experiment) -> str:

@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from regimewrap.errors import DataError, PolicyError, StateError
+from regimewrap.files import write_whole
 from regimewrap.gate.gate import Site, TopKGate, at_keep_ratio, gate_of
-from regimewrap.measure.sweep import metric, modes_restored, run_batch, save_figures, write_whole
+from regimewrap.measure.sweep import metric, modes_restored, run_batch, save_figures
 from regimewrap.measure.telemetry import watch
 from regimewrap.policy.policy import require_ratio
 from regimewrap.sites.probe import untouched

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from regimewrap import torch_private
+
 MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu",
@@ -213,7 +215,7 @@ def kind_of_function(function: Any) -> str | None:
         kind = FUNCTIONS.get(function)
     except TypeError:  # unhashable
         return None
-    if kind is None and isinstance(function, torch._ops.OpOverload):
+    if kind is None and isinstance(function, torch_private.Overload):
         kind = kind_of_name(function._schema.name.rpartition(":")[2])  # aten::relu, in exported graphs
     elif kind is None and callable(function) and not isinstance(function, type | nn.Module):
         kind = kind_of_name(getattr(function, "__name__", ""))

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from regimewrap.errors import PolicyError
+from regimewrap.files import nearest
 from regimewrap.gate.gate import Site
 from regimewrap.policy.policy import RegimePolicy, SitePolicy
-from regimewrap.policy.settings import nearest
 from regimewrap.sites.catalog import KINDS
 from regimewrap.sites.finder import Activation
 from regimewrap.sites.flow.layout import channel_dim_of

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from regimewrap.torch_private import tree_leaves
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regimewrap import torch_private
 from regimewrap.errors import SelectionError
 from regimewrap.topk import plain
 from regimewrap.topk.cpu import dispatch as cpu
@@ -61,7 +62,7 @@ def topk_gate(
     if _gives_full_budget(keep_ratio):
         return x
     # torch.jit.trace checks its trace without gradients, and wants the same graph again.
-    differentiable = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+    differentiable = torch.is_grad_enabled() or torch_private.is_jit_tracing()
     saved = "mask" if gradient == "masked" and differentiable else "nothing"
     y: Tensor = _select(x, keep_ratio, *selection, multiplier, saved)[0]
     return y
@@ -129,15 +130,15 @@ def _gives_full_budget(keep_ratio: Tensor) -> bool:
     """Whether the operator may be skipped now; a graph that outlives this call must not remember that."""
     if _is_recorded() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
         return False
-    return not torch._C._functorch.is_batchedtensor(keep_ratio) and keep_ratio.item() >= 1.0
+    return not torch_private.is_batched(keep_ratio) and keep_ratio.item() >= 1.0
 
 
 def _is_recorded() -> bool:
     """Whether somebody makes a graph of what we call."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch_private.is_jit_tracing():
         return True
     # make_fx and fake tensors sit on this stack; there is no public way to ask.
-    return torch._C._len_torch_dispatch_stack() > 0
+    return torch_private.has_dispatch_modes()
 
 
 def _gate(
@@ -288,7 +289,7 @@ def _operator(
         x = arguments[0]
         if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_recorded():
             return operator(*arguments)
-        if torch._C._are_functorch_transforms_active():
+        if torch_private.has_functorch_transforms():
             return functional.apply(*arguments)
         # Of 57 µs for a small tensor the library's way to the kernel takes 25; this way takes 1.
         return eager.apply(*arguments)

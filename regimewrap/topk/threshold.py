@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regimewrap import torch_private
 from regimewrap.topk import plain
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import (
@@ -47,7 +48,7 @@ def count_scores(x: Tensor, counts: Tensor, *, after_relu: bool = False) -> None
     Recorded by compilers as an operator that changes ``counts``; under vmap all entries are counted.
     """
     x = x.detach()
-    if type(x) is not Tensor or x.is_meta or _is_recorded() or torch._C._are_functorch_transforms_active():
+    if type(x) is not Tensor or x.is_meta or _is_recorded() or torch_private.has_functorch_transforms():
         _count_operator(x, counts, after_relu)
     else:
         _count(x, counts, after_relu)

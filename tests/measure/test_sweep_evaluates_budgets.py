@@ -141,6 +141,6 @@ def test_plotting_without_matplotlib_names_the_extra(monkeypatch):
 
 
 def test_importing_sweep_loads_no_plotting():
-    code = "import sys, regimewrap.sweep; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, regimewrap.measure.sweep; sys.exit('matplotlib' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -179,7 +179,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
 
-    with pytest.raises(PolicyError, match="cannot write a policy file here: No space left on device"):
+    with pytest.raises(PolicyError, match="cannot be written: No space left on device"):
         RegimePolicy().to_file(path)
 
     assert RegimePolicy.from_file(path) == RegimePolicy.preset("dense")

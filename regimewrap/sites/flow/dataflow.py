@@ -19,9 +19,9 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from regimewrap.sites.read.code import UNKNOWN, body_of, parse, stored
+from regimewrap.torch_private import tree_leaves
 
 #: Where a value comes from, each covering those before it: from parameters and buffers alone; from features averaged
 #: over positions; from features, or from something that cannot be followed.

@@ -1,0 +1,82 @@
+"""Every private name of torch that this package uses, one small function each; a test calls every one of them.
+
+A new torch may take any of these away. Then this file is the only one to mend. Nothing here knows of gates or models.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+#: An operator of torch's, with one signature.
+Overload = torch._ops.OpOverload
+
+#: The leaves of nested lists, tuples and dicts.
+tree_leaves = _pytree.tree_leaves
+
+#: A context in which no dispatch mode sees, makes or counts tensors; works from its creation on.
+no_dispatch_modes = torch._C._DisableTorchDispatch
+
+#: The settings of torch's compiler, a module that is loaded only once somebody compiles.
+COMPILER_CONFIG = "torch._dynamo.config"
+
+
+def in_backward() -> bool:
+    """Say whether a backward pass is running in this thread."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+def is_jit_tracing() -> bool:
+    """Say whether ``torch.jit.trace`` is recording."""
+    return torch._C._get_tracing_state() is not None
+
+
+def has_dispatch_modes() -> bool:
+    """Say whether a mode such as ``make_fx`` or fake tensors sees every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_functorch_transforms() -> bool:
+    """Say whether a transform of ``torch.func`` is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Say whether ``vmap`` maps over a dimension of this tensor that its shape does not show."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def is_forward_gradient_enabled() -> bool:
+    """Say whether forward-mode derivatives are computed."""
+    return torch._C._is_fwd_grad_enabled()
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Say whether something packs what autograd saves, as activation checkpointing does."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
+def is_compiled_module(model: object) -> bool:
+    """Say whether ``model`` is what ``torch.compile(module)`` returns; does not load the compiler."""
+    return "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule)
+
+
+def original_of(compiled: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` was called with."""
+    original: nn.Module = compiled._orig_mod  # type: ignore[assignment]
+    return original
+
+
+def compiles_itself(module: nn.Module) -> bool:
+    """Say whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
+
+
+def has_compiled_code() -> bool:
+    """Say whether the compiler, which must be loaded, has seen any code."""
+    return bool(torch._dynamo.convert_frame.input_codes.seen)

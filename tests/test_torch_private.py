@@ -1,0 +1,95 @@
+"""Every private name of torch is in one file, and still there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import regimewrap
+from regimewrap import torch_private
+
+PACKAGE = Path(regimewrap.__file__).parent
+#: Attributes of modules and of autograd that torch documents by name although they begin with an underscore.
+PRIVATE = re.compile(
+    r"\btorch\._[a-zA-Z]|\btorch\.[a-z_.]+\._[a-zA-Z]|from torch[a-z_.]*\._|from torch\.utils import _"
+)
+
+
+def test_no_other_file_names_a_private_name_of_torch():
+    lines = [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "torch_private.py"
+        for line in path.read_text().splitlines()
+        if PRIVATE.search(line) and "``" not in line
+    ]
+    assert lines == []
+
+
+def test_questions_about_what_is_running_are_answered():
+    assert not torch_private.in_backward()
+    assert not torch_private.is_jit_tracing()
+    assert not torch_private.has_dispatch_modes()
+    assert not torch_private.has_functorch_transforms()
+    assert not torch_private.is_forward_gradient_enabled() or torch.is_grad_enabled()
+    assert not torch_private.has_saved_tensor_hooks()
+
+
+def test_a_backward_pass_is_noticed():
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: seen.append(torch_private.in_backward()))
+    x.sum().backward()
+    assert seen == [True]
+
+
+def test_saved_tensor_hooks_are_noticed():
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert torch_private.has_saved_tensor_hooks()
+
+
+def test_what_vmap_maps_over_is_noticed():
+    seen = []
+
+    def function(x):
+        seen.extend([torch_private.is_batched(x), torch_private.has_functorch_transforms()])
+        return x
+
+    torch.vmap(function)(torch.zeros(2))
+    assert seen == [True, True]
+
+
+def test_leaves_of_nested_values_are_found():
+    assert torch_private.tree_leaves({"a": [1, (2,)]}) == [1, 2]
+
+
+def test_a_mode_can_be_left():
+    with torch.device("meta"), torch_private.no_dispatch_modes():
+        assert not torch_private.has_dispatch_modes()
+
+
+def test_compiled_models_are_looked_through():
+    code = (
+        "import torch\n"
+        "from regimewrap import torch_private as private\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "assert not private.is_compiled_module(model) and not private.compiles_itself(model)\n"
+        "compiled = torch.compile(model, backend='eager')\n"
+        "assert private.is_compiled_module(compiled) and private.original_of(compiled) is model\n"
+        "assert not private.has_compiled_code()\n"
+        "compiled(torch.ones(1, 2))\n"
+        "assert private.has_compiled_code()\n"
+        "import importlib; config = importlib.import_module(private.COMPILER_CONFIG)\n"
+        "assert hasattr(config, 'skip_nnmodule_hook_guards')\n"
+        "model.compile(backend='eager'); assert private.compiles_itself(model)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plain_module_is_not_compiled():
+    assert not torch_private.is_compiled_module(nn.Linear(1, 1))
