@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shlex
 import sys
 import time
@@ -126,7 +125,7 @@ def demo(
 def train(
     data: Annotated[str, typer.Option(help="digits, cifar10, or a folder or zip with train/ and test/ of images.")],
     arch: Annotated[str, typer.Option(help="wrn-DEPTH-WIDTH; DEPTH is 6n + 4.")] = "wrn-16-2",
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in an update.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.1,
@@ -180,7 +179,7 @@ def train(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or PACKAGE.MODULE:CALLABLE.")],
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
 ) -> int:
     """Show which activations of a model would be gated, and why. Changes nothing."""
     chosen = _policy_named(policy)
@@ -219,7 +218,7 @@ def bench(
 
 @policy_app.command("show")
 def policy_show(
-    policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "mixed",
     steps: Annotated[int | None, typer.Option(min=1, help="Rescale a preset to a run of so many updates.")] = None,
 ) -> None:
     """Print a policy as YAML, ready for a file."""
@@ -280,8 +279,7 @@ def _train_one(
 
 def _policy_named(name: str, total_steps: int | None = None) -> RegimePolicy:
     """Return a preset, rescaled, or the policy in a file as it is."""
-    looks_like_file = name not in PRESETS and (Path(name).suffix or os.sep in name or os.path.lexists(name))
-    return RegimePolicy.from_file(name) if looks_like_file else RegimePolicy.preset(name, total_steps)
+    return RegimePolicy.of(name, total_steps)
 
 
 def _require_plotting() -> None:

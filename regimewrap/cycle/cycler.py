@@ -1,34 +1,40 @@
 """Moves the keep ratio: smooths the signal, asks the strategy, sets the gates, remembers.
 
 All running state of a cycle is here, and in one small dict when it is saved. The rules themselves are in
-``strategies``; which units a ratio keeps is in ``topk``. Nothing here touches a model beyond its gate's ratio.
+``strategies``; which units a ratio keeps is in ``topk``. Nothing here touches a model beyond its gate's budget.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections import defaultdict
+import weakref
+from collections import deque
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from regimewrap.cycle import ranks
+from regimewrap.cycle import ranks, signal
+from regimewrap.cycle.alarms import PATIENCE, Alarms
 from regimewrap.cycle.state import LARGEST, Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.cycle.threshold import end_step
-from regimewrap.errors import PolicyError, SignalError
+from regimewrap.errors import PolicyError, SignalError, StateError, WrapError
 from regimewrap.files import shown
 from regimewrap.gate.gate import TopKGate, gate_of
 from regimewrap.gate.network import NetworkThreshold
-from regimewrap.policy.policy import CyclePolicy, RegimePolicy
-from regimewrap.policy.settings import percent_hint
-from regimewrap.policy.strategies import EVENTS, Move, Situation
+from regimewrap.policy.migrate import HISTORY
+from regimewrap.policy.policy import CyclePolicy, PolicyLike, RegimePolicy
+from regimewrap.policy.presets import CYCLES, for_run
+from regimewrap.policy.settings import whole_number
+from regimewrap.policy.strategies import EVENTS, Dense, Move, Situation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+_log = logging.getLogger("regimewrap")
 
 
 class RegimeCycler:
@@ -40,33 +46,51 @@ class RegimeCycler:
     do none of this. The best value, from which a fall is measured, is the best of all decisions: in between, no rank
     knows the mean.
 
+    A cycler drives one model, with averaged copies of it that were bound. A newer cycler takes over; the older one then
+    refuses to step. Each reset is logged, on one line, to the logger ``regimewrap``.
+
     ``copy.deepcopy((model, cycler))``, in this order, gives a copied model with a cycler of its own; the same goes for
-    pickle. A cycler copied by itself goes on driving whatever its gates belong to; for another model use
-    ``state_dict``.
+    pickle. For another model use ``state_dict``.
+
+    >>> import torch
+    >>> from regimewrap import RegimeCycler, wrap
+    >>> model = wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
+    >>> cycler = RegimeCycler(model)
+    >>> round(cycler.step().keep_ratio, 3)
+    0.157
     """
 
-    def __init__(self, model_or_gate: nn.Module | TopKGate, policy: RegimePolicy | CyclePolicy | None = None) -> None:
+    def __init__(
+        self,
+        model_or_gate: nn.Module | TopKGate,
+        policy: CyclePolicy | PolicyLike | None = None,
+        total_steps: int | None = None,
+    ) -> None:
         """Take over a wrapped model's keep ratio and set it to where the strategy starts.
 
         Args:
             model_or_gate: a wrapped model, anything around one, or its gate.
-            policy: how to cycle; by default the policy that the model was wrapped with.
+            policy: how to cycle: a policy, a preset's name, or the path of a policy file; by default the policy that
+                the model was wrapped with.
+            total_steps: optimizer updates of the whole run. Policies with ``scaled_to="run"`` are scaled to it, as
+                ``RegimePolicy.preset`` says; the preset ``mixed`` needs none.
 
         Raises:
             NotWrappedError: there is no wrapped model.
-            PolicyError: ``policy`` is not a policy.
+            PolicyError: ``policy`` is not a policy, it needs ``total_steps`` and there is none, it is scaled to another
+                length, or ``total_steps`` is not a whole number of at least 1.
         """
         gate = _gate(model_or_gate)
         policy = gate.policy if policy is None else policy
-        if not isinstance(policy, RegimePolicy | CyclePolicy):
-            raise PolicyError(
-                f"policy must be a RegimePolicy or a CyclePolicy; got {shown(policy)}. "
-                "For a preset or a file, pass RegimePolicy.preset(name) or RegimePolicy.from_file(path)."
-            )
-        self.policy: CyclePolicy = policy.cycle if isinstance(policy, RegimePolicy) else policy
+        cycle = policy if isinstance(policy, CyclePolicy) else RegimePolicy.of(policy).cycle
+        self.policy: CyclePolicy = for_run(cycle, total_steps)
+        self.total_steps = _length(self.policy, total_steps)
         self._gates = [gate]
         self._met = False  # whether the ranks have come together at the end of a step
-        self._take(State.at_start(self.policy), updates=0, pending=[], history=[])
+        self._alarms = Alarms()
+        self._notices: list[str] = []  # said at the end of a step: where warnings are errors, nothing is left undone
+        self._take(State.at_start(self.policy), updates=0, pending=[], history=())
+        gate.driver = weakref.ref(self)
 
     @property
     def keep_ratio(self) -> float:
@@ -75,7 +99,7 @@ class RegimeCycler:
 
     @property
     def history(self) -> list[Decision]:
-        """Every decision so far, oldest first, in a new list."""
+        """The last 256 decisions, oldest first, in a new list; a strategy that moves at each update makes none."""
         return list(self._history)
 
     @property
@@ -88,6 +112,18 @@ class RegimeCycler:
         """Values of this rank left out because they were not finite (or beyond ±1e300), as of the last decision."""
         return self._state.skipped
 
+    def __repr__(self) -> str:
+        state, name = self._state, self.policy.strategy.kind
+        if self.policy.strategy.each_update:
+            ahead = "moves at each update"
+        else:
+            ahead = f"next decision at update {self._updates + self.policy.every - self._updates % self.policy.every}"
+        of = "" if self.total_steps is None else f" of {self.total_steps}"
+        return (
+            f"RegimeCycler({name!r}, keep_ratio={state.keep_ratio:.4g}, cycle={state.cycle}, phase={state.phase!r}, "
+            f"updates={self._updates}{of}, {ahead})"
+        )
+
     def bind(self, model: nn.Module | TopKGate) -> None:
         """Drive one more wrapped model, such as an averaged copy for evaluation, from now on.
 
@@ -95,11 +131,12 @@ class RegimeCycler:
             NotWrappedError: the model is not wrapped.
         """
         gate = _gate(model)
-        gate.set_keep_ratio(self.keep_ratio)
         if all(gate is not known for known in self._gates):
             if gate.network is not None and self._networks:
                 gate.network.take(self._networks[0].histogram)
             self._gates.append(gate)
+        gate.driver = weakref.ref(self)
+        self._put_into_force(self.keep_ratio)
 
     def step(self, loss: Tensor | float | None = None, **metrics: Tensor | float) -> Regime:
         """Count one optimizer update and, when a decision is due, decide.
@@ -115,22 +152,62 @@ class RegimeCycler:
         Raises:
             SignalError: the monitored value is missing, or is not one real number; or, found when a decision is due,
                 an accuracy is above 1, or a value is not finite and the policy says ``on_nonfinite="raise"``. The
-                cycler is as it was.
+                update is not counted; values that were refused at a decision are forgotten.
             SyncError: found when a decision is due: the ranks differ in policy or in where they are, or one of them
                 does not come before the process group's timeout; the message names it.
+            WrapError: the cycler drives nothing: its model was unwrapped, trains without its gate, or has a newer
+                cycler.
         """
-        value = self._checked(loss, metrics) if self.policy.strategy.needs_signal else None
-        if (self._updates + 1) % self.policy.every == 0:
+        self._require_driving()
+        self._alarms.before(self._gates[0], self._updates)
+        strategy = self.policy.strategy
+        value = signal.checked(self.policy.monitor, loss, metrics) if strategy.needs_signal else None
+        if strategy.each_update:
+            regime = self._move_on(self._updates + 1)
+        elif (self._updates + 1) % self.policy.every == 0:
             regime = self._decide(value)
         else:
             if value is not None:
                 self._pending.append(value)
             self._updates += 1
+            self._put_into_force(self.keep_ratio)
             regime = self._between
         if self._networks:
             end_step(self._networks, self._updates, meet=not self._met)
             self._met = True
+        self._alarms.after(self._gates[0], self._updates, regime.keep_ratio)
+        self._notice(self._alarms.too_long(self._updates, self.policy.scaled_to))
+        if self._updates == self._deadline:
+            self._notice(self._alarms.never_bound(self._gates[0], self._updates))
+        if self._notices:
+            notices, self._notices = self._notices, []
+            for notice in notices:
+                warnings.warn(notice, RuntimeWarning, stacklevel=2)
         return regime
+
+    def fast_forward(self, updates: int) -> Regime:
+        """Count the updates up to a number at once, without forward passes: for a run that goes on by its count alone.
+
+        Args:
+            updates: optimizer updates made so far in all.
+
+        Raises:
+            PolicyError: the strategy watches a signal, which only the saved state has; or fewer than have been counted.
+        """
+        if self.policy.strategy.needs_signal:
+            kind = self.policy.strategy.kind
+            raise PolicyError(f"the strategy {kind!r} watches a signal: go on from state_dict(), not from a count.")
+        if updates < self._updates:
+            raise PolicyError(f"updates must be at least the {self._updates} that have been counted; got {updates}.")
+        if self.policy.strategy.each_update and updates > self._updates:
+            return self._move_on(updates)
+        while self._updates < updates:
+            if (self._updates + 1) % self.policy.every == 0:
+                self._decide(None)
+            else:
+                self._updates += 1
+        self._put_into_force(self.keep_ratio)
+        return self._between
 
     def check_sync(self) -> None:
         """Check that all ranks have the same policy, the same sites, and are at the same point of the cycle.
@@ -146,7 +223,7 @@ class RegimeCycler:
                 **self._place(),
                 **_flat("cycle", self.policy.model_dump(mode="json")),
                 **_flat("gate", self._gates[0].policy.gate.model_dump(mode="json")),
-                "sites": [site.name for site in self._gates[0].sites],
+                "sites": self._sites,
             },
             "check_sync",
             self._updates,
@@ -163,13 +240,14 @@ class RegimeCycler:
         Raises:
             SyncError: ``all_ranks``, and one of them does not answer.
         """
-        pending = [value if math.isfinite(value) else None for value in _fetched(self._pending)]
+        pending = [value if math.isfinite(value) else None for value in signal.fetched(self._pending)]
         shares = None
         if all_ranks and ranks.world_size() > 1:
             shares = ranks.gathered(Share(pending, self.skipped), "state_dict", self._updates)
-        policy = self.policy.model_dump(mode="json")
+        policy = self._whole_policy.model_dump(mode="json")
         histogram = Histogram.of(self._networks[0].histogram) if self._networks else None
-        return plain(Saved(1, policy, self._updates, pending, self._state, self._history, shares, histogram))
+        history = list(self._history)
+        return plain(Saved(2, policy, self._sites, self._updates, pending, self._state, history, shares, histogram))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, exactly as if the run had never stopped, and set the gates.
@@ -179,9 +257,15 @@ class RegimeCycler:
                 takes its own part; if they were more or fewer then, each takes the mean.
 
         Raises:
-            StateError: it belongs to another policy or version, or is damaged. The cycler is as it was.
+            StateError: it belongs to another policy, model, version or length of the run, or is damaged; the message
+                shows both sides. The cycler is as it was.
         """
-        saved = restored(state, self.policy, network=bool(self._networks))
+        saved = restored(state, self._whole_policy, self._sites, network=bool(self._networks))
+        if self.total_steps is not None and saved.updates > self.total_steps:
+            raise StateError(
+                f"the state has made {saved.updates} updates, more than total_steps={self.total_steps}; total_steps "
+                "counts those of the whole run, the ones before the resume included."
+            )
         share = saved.share(ranks.rank(), ranks.world_size())
         pending = [math.nan if value is None else value for value in share.pending]
         state_here = replace(saved.state, skipped=share.skipped)
@@ -194,37 +278,80 @@ class RegimeCycler:
     def _networks(self) -> list[NetworkThreshold]:
         return [gate.network for gate in self._gates if gate.network is not None]
 
-    def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float], history: list[Decision]) -> None:
-        for gate in self._gates:
-            gate.set_keep_ratio(state.keep_ratio)
-        self._state, self._updates, self._pending, self._history = state, updates, list(pending), history
-        self._between = Regime(state.keep_ratio, state.phase, state.cycle, None)
+    @property
+    def _whole_policy(self) -> RegimePolicy:
+        return self._gates[0].policy.replace(cycle=self.policy)
 
-    def _checked(self, loss: object, metrics: dict[str, Any]) -> Tensor | float:
-        name = self.policy.monitor
-        value = loss if name == "loss" else metrics.get(name)
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                shape = tuple(value.shape)
-                raise SignalError(f"{name} must be one number; got a tensor of shape {shape}: call .mean() on it.")
-            if value.is_complex() or value.is_meta or value.dtype == torch.bool:
-                raise SignalError(f"{name} must be a real number; got a {value.dtype} tensor on {value.device}.")
-            # A copy, because loops may change the loss in place; and 0-d, because values are stacked.
-            return value.detach().clone().reshape(())
-        if isinstance(value, Real) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except OverflowError:
-                return math.inf
-        if value is None:
-            call = "step(loss)" if name == "loss" else f"step(loss, {name}=...)"
-            raise SignalError(f"the policy monitors {name!r}, which is missing: call {call}.")
-        raise SignalError(f"{name} must be a number or a tensor of one element; got {shown(value)}.")
+    @property
+    def _sites(self) -> list[str]:
+        return [site.name for site in self._gates[0].sites]
+
+    @property
+    def _deadline(self) -> int:
+        """The update at which a gate must have cut something."""
+        strategy = self.policy.strategy
+        if isinstance(strategy, Dense) or not self._gates[0].sites:
+            return -1
+        return self.policy.warmup + (PATIENCE if self.total_steps is None else max(1, self.total_steps // 10))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for gate in self._gates:
+            driver = gate.driver() if gate.driver is not None else None
+            if driver is None or all(gate is not driven for driven in driver._gates):  # a gate of the copy's own
+                gate.driver = weakref.ref(self)
+
+    def _require_driving(self) -> None:
+        for gate in self._gates:
+            driver = gate.driver() if gate.driver is not None else None
+            if driver is None or (driver is not self and all(gate is not driven for driven in driver._gates)):
+                gate.driver = weakref.ref(self)
+            elif driver is not self:
+                raise WrapError(
+                    f"this RegimeCycler no longer drives its model: a newer one, {driver!r}, has taken over. Step that "
+                    "one, and make one cycler a model."
+                )
+        if self._gates[0].released:
+            raise WrapError(
+                "this RegimeCycler drives nothing: its model was unwrapped. If it is wrapped again, make a new "
+                "RegimeCycler(model); a saved state goes on in that with load_state_dict."
+            )
+        self._gates = [gate for gate in self._gates if not gate.released]
+
+    def _notice(self, text: str | None) -> None:
+        if text is not None:
+            self._notices.append(text)
+
+    def _take(
+        self, state: State, *, updates: int, pending: Sequence[Tensor | float], history: Iterable[Decision]
+    ) -> None:
+        self._state, self._updates, self._pending = state, updates, list(pending)
+        self._history = deque(history, maxlen=HISTORY)
+        self._between = Regime(state.keep_ratio, state.phase, state.cycle, None)
+        self._put_into_force(state.keep_ratio)
+
+    def _put_into_force(self, keep_ratio: float) -> None:
+        for gate in self._gates:
+            gate.set_budget(keep_ratio, full_share=self.policy.full_share, update=self._updates)
+
+    def _move_on(self, updates: int) -> Regime:
+        """Move to the ratio that a strategy which moves at each update has after so many."""
+        move = Move(1.0, None)
+        if updates >= self.policy.warmup:
+            move = self._move(self._state, None, updates - self.policy.warmup)
+        self._updates, self._state = updates, replace(self._state, keep_ratio=move.keep_ratio)
+        self._between = Regime(move.keep_ratio, "spread", 0, None)
+        self._put_into_force(move.keep_ratio)
+        return self._between
 
     def _decide(self, value: Tensor | float | None) -> Regime:
-        number, updates = len(self._history), self._updates + 1
-        state, signal = (self._state, None) if value is None else self._observe(value)
-        move = self._move(state, signal, number)
+        number, updates = self._updates // self.policy.every, self._updates + 1
+        before, said = self._state, None
+        state, said = (before, None) if value is None else self._observe(value)
+        warm = updates < self.policy.warmup
+        decisions_in_warmup = max(0, self.policy.warmup - 1) // self.policy.every
+        move = Move(1.0, "hold") if warm else self._move(state, said, number - decisions_in_warmup)
+        assert move.event is not None  # noqa: S101 - checked in _move
         rose = move.event in ("relax", "reset")
         state = replace(
             state,
@@ -232,71 +359,85 @@ class RegimeCycler:
             phase="recover" if rose else "compress" if move.event == "compress" else state.phase,
             cycle=state.cycle + (move.keep_ratio > state.keep_ratio),
             last_raise=number if rose else state.last_raise,
-            held=state.held + 1 if move.event == "hold" else 0,
+            held=state.held + 1 if move.event == "hold" and not warm else 0,
+            began=updates if warm or move.event == "reset" else state.began,
         )
-        record = Decision(updates, state.keep_ratio, signal, state.best, state.phase, move.event, state.cycle)
-        first_skips = state.skipped if self._state.skipped == 0 else 0
-        self._take(state, updates=updates, pending=[], history=self._history)
-        self._history.append(record)
-        if first_skips:
-            warnings.warn(
-                f"{first_skips} of the last {self.policy.every} values of {self.policy.monitor} were not finite and "
-                "are left out; RegimeCycler.skipped goes on counting, this warning is not repeated.",
-                RuntimeWarning,
-                stacklevel=3,
+        record = Decision(updates, state.keep_ratio, said, state.best, state.phase, move.event, state.cycle)
+        self._take(state, updates=updates, pending=[], history=[*self._history, record])
+        if state.skipped and before.skipped == 0:
+            self._notice(
+                f"{state.skipped} of the last {self.policy.every} values of {self.policy.monitor} were not finite and "
+                "are left out; RegimeCycler.skipped goes on counting, this warning is not repeated."
             )
+        if self.policy.strategy.needs_signal:
+            held = state.held * self.policy.every
+            floor = getattr(self.policy.strategy, "floor", None)
+            self._notice(self._alarms.stuck(floor, state.keep_ratio, held, updates - held - state.began))
+        if state.cycle > before.cycle:
+            self._log(move, before.keep_ratio)
         return self._between._replace(event=move.event)
+
+    def _log(self, move: Move, before: float) -> None:
+        bound = "" if self._alarms.bound is None else f"; {self._alarms.bound:.0%} of the gates were bound"
+        _log.info(
+            "cycle %d: %s at update %d, keep ratio %.4g to %.4g%s",
+            *(self._state.cycle, move.event, self._updates, before, move.keep_ratio, bound),
+        )
 
     def _observe(self, value: Tensor | float) -> tuple[State, float | None]:
         """Return the state with the pending values and the last one smoothed in, and the signal over all ranks."""
-        name, smoothing = self.policy.monitor, self.policy.smoothing
-        smoothed, skipped, seen, problem = self._state.smoothed, self._state.skipped, False, None
-        for number, new in enumerate(_fetched([*self._pending, value]), self._updates + 1 - len(self._pending)):
+        name, smoothing, first = self.policy.monitor, self.policy.smoothing, self._updates + 1 - len(self._pending)
+        smoothed, skipped, seen, problem, refused_here = self._state.smoothed, self._state.skipped, False, None, set()
+        for place, new in enumerate(signal.fetched([*self._pending, value])):
+            trouble = signal.problem_with(new, self.policy, first + place)
+            if trouble is not None:
+                refused_here.add(place)
+                problem = problem or trouble
             if not abs(new) <= LARGEST:  # NaN compares false
                 skipped += 1
-                if self.policy.on_nonfinite == "raise":
-                    problem = problem or f"{name} was {new} at update {number}; expected a finite number."
                 continue
-            if new > 1.001 and name in ("accuracy", "acc"):  # the rest is rounding in a weighted mean
-                hint = percent_hint(name, new)
-                problem = problem or f"{name} must be a fraction in [0, 1]; got {new:g} at update {number}.{hint}"
             smoothed = new if smoothed is None else smoothing * smoothed + (1 - smoothing) * new
             seen = True
         mine, update = (smoothed if seen else None), self._updates + 1
-        signal, refused, alike = ranks.mean(mine, problem is not None, repr((self._place(), self.policy)), update)
+        shared, refused, alike = ranks.mean(mine, bool(problem), repr((self._place(), self.policy)), update)
         if not alike:
             self.check_sync()
         if refused:
+            # Else they would be refused again at each further step.
+            self._pending = [each for place, each in enumerate(self._pending) if place not in refused_here]
             raise SignalError(problem or f"another rank refused its {name} at update {update} or before.")
-        if signal is None:
+        if shared is None:
             return replace(self._state, skipped=skipped), None
-        better = max if self.policy.mode == "max" else min
-        best = signal if self._state.best is None else better(self._state.best, signal)
-        first = signal if self._state.first is None else self._state.first
-        return replace(self._state, smoothed=signal, skipped=skipped, first=first, best=best), signal
+        return signal.with_signal(replace(self._state, skipped=skipped), shared, self.policy), shared
 
-    def _move(self, state: State, signal: float | None, number: int) -> Move:
+    def _move(self, state: State, said: float | None, number: int) -> Move:
         strategy = self.policy.strategy
-        if signal is None and strategy.needs_signal:  # nothing to go by
+        if said is None and strategy.needs_signal:  # nothing to go by
             return Move(state.keep_ratio, "hold")
+        best, fall = (state.best, 0.0) if said is None else signal.best_and_fall(state, said, self.policy)
+        length, updates = self.policy.scaled_to, self._updates + 1
         move = strategy.next_move(
             Situation(
                 keep_ratio=state.keep_ratio,
-                signal=signal,
-                best=state.best,
-                fall=0.0 if signal is None else self._fall(state, signal),
+                signal=said,
+                best=best,
+                fall=fall,
                 decision=number,
-                since_raise=None if state.last_raise is None else number - state.last_raise,
+                since_raise=None if state.last_raise is None else self._updates // self.policy.every - state.last_raise,
                 held=state.held,
+                guarded=self.policy.guarded,
+                overdue=isinstance(length, int) and CYCLES * (updates - state.began) >= length,
             )
         )
         if not (isinstance(move, Move) and isinstance(move.keep_ratio, Real) and 0 < move.keep_ratio <= 1):
             raise PolicyError(f"strategy {strategy.kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")
+        if strategy.each_update:
+            return move
         if move.event not in EVENTS:
             raise PolicyError(f"strategy {strategy.kind!r} must name one of {EVENTS}; got {shown(move.event)}.")
         if not strategy.needs_signal:
             return Move(float(move.keep_ratio), move.event)
-        keep_ratio, event = ranks.from_rank_0((move.keep_ratio, EVENTS.index(move.event)), self._updates + 1)
+        keep_ratio, event = ranks.from_rank_0((move.keep_ratio, EVENTS.index(move.event)), updates)
         return Move(keep_ratio, EVENTS[int(event)])
 
     def _place(self) -> dict[str, object]:
@@ -311,35 +452,15 @@ class RegimeCycler:
             "last raise": state.last_raise,
         }
 
-    def _fall(self, state: State, signal: float) -> float:
-        """Return how far the signal is behind its best, in the unit of the tolerance."""
-        assert state.best is not None  # noqa: S101 - it is set with the signal
-        assert state.first is not None  # noqa: S101
-        fall = abs(signal - state.best)
-        if self.policy.tolerance_kind == "absolute" or fall == 0:
-            return fall
-        unit = abs(state.best if self.policy.tolerance_kind == "relative" else state.first - state.best)
-        return fall / unit if unit > 0 else math.inf
-
 
 def _gate(model_or_gate: nn.Module | TopKGate) -> TopKGate:
     return model_or_gate if isinstance(model_or_gate, TopKGate) else gate_of(model_or_gate)
 
 
-def _fetched(values: Sequence[Tensor | float]) -> list[float]:
-    """Return the values as floats, with one transfer for each device and dtype among them."""
-    fetched = [0.0] * len(values)
-    tensors: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            tensors[value.device, value.dtype].append(place)
-        else:
-            fetched[place] = value
-    for places in tensors.values():
-        stacked = torch.stack([value for place in places if isinstance(value := values[place], Tensor)])
-        for place, number in zip(places, stacked.tolist(), strict=True):
-            fetched[place] = float(number)
-    return fetched
+def _length(policy: CyclePolicy, total_steps: int | None) -> int | None:
+    if total_steps is not None:
+        return whole_number("total_steps", total_steps)
+    return policy.scaled_to if isinstance(policy.scaled_to, int) else None
 
 
 def _flat(name: str, value: object) -> dict[str, object]:

@@ -23,7 +23,7 @@ from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, Wrap
 from regimewrap.gate import recompute
 from regimewrap.gate.compiled import notice_hooks
 from regimewrap.gate.network import NetworkThreshold
-from regimewrap.policy.policy import RegimePolicy, require_ratio
+from regimewrap.policy.policy import PolicyLike, RegimePolicy, require_ratio
 from regimewrap.topk.op import relu_gate, topk_gate
 
 #: The attribute of a wrapped model's ``__dict__`` that holds its gate.
@@ -93,8 +93,8 @@ class TopKGate:
         observers: called at each site of each forward pass; empty unless somebody watches.
     """
 
-    def __init__(self, policy: RegimePolicy | None = None) -> None:
-        self.policy = policy if policy is not None else RegimePolicy()
+    def __init__(self, policy: PolicyLike | None = None) -> None:
+        self.policy = RegimePolicy.of(policy)
         self.keep_ratio = torch.ones((), dtype=torch.float64, device="cpu")
         self.sites: tuple[Site, ...] = ()
         self.thresholds: dict[str, float] | None = None
@@ -144,6 +144,7 @@ class TopKGate:
             PolicyError: the ratio is outside (0, 1] or not a number.
         """
         ratio = require_ratio("keep_ratio", keep_ratio)
+        self._budget: float | None = None
         if self._in_cuda_graph and ratio != self.keep_ratio:
             self._in_cuda_graph = False
             warnings.warn(  # first of all: where warnings are errors, nothing has changed
@@ -160,8 +161,9 @@ class TopKGate:
 
     def set_budget(self, keep_ratio: float, *, full_share: float = 0.0, update: int = 0) -> None:
         """Set the ratio, the share of each batch at the full budget, and the update that says which rows these are."""
-        if self.keep_ratio != keep_ratio:
+        if getattr(self, "_budget", None) != keep_ratio:
             self.set_keep_ratio(keep_ratio)
+        self._budget = keep_ratio
         self.dense_rows[0], self.dense_rows[1] = full_share, update
 
     def sample_next(self) -> None:
@@ -171,7 +173,7 @@ class TopKGate:
     def take_sample(self) -> GateSample:
         """Return what was counted since ``sample_next``."""
         calls, self._calls = getattr(self, "_calls", 0), -1
-        return GateSample(calls, 1.0)
+        return GateSample(calls + getattr(self, "_compiled", 0), 1.0)
 
     def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
         """Cut at fixed thresholds instead of selecting, in train and eval mode and whatever the keep ratio.
@@ -247,6 +249,8 @@ class TopKGate:
             return x
         if getattr(self, "_calls", -1) >= 0 and training and not torch.compiler.is_compiling():
             self._calls += 1
+        if torch.compiler.is_compiling():
+            self._compiled = 1
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
         if now.network is not None:
