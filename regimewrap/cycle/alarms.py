@@ -5,17 +5,21 @@ The gate counts its own calls when asked to; here it is decided when to ask. No 
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from regimewrap import torch_private
 from regimewrap.errors import WrapError
+from regimewrap.policy.strategies import Dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
+    from regimewrap.cycle.cycler import RegimeCycler
     from regimewrap.gate.gate import TopKGate
+    from regimewrap.policy.policy import CyclePolicy
 
 #: Updates after which a gate that has not cut anything is reported, where no length of the run is known.
 PATIENCE = 1000
@@ -85,9 +89,12 @@ class Alarms:
             self._looking = True
             gate.sample_next()
 
-    def never_bound(self, gate: TopKGate, updates: int) -> str | None:
-        """Return what to say, at the deadline, if no gate has cut anything by then."""
-        if self._has_cut or (self._below and not self._passed):
+    def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
+        """Return what to say, once, if no gate has cut anything in a tenth of the run."""
+        deadline = policy.warmup + (PATIENCE if total_steps is None else max(1, total_steps // 10))
+        if updates != deadline or self._has_cut or isinstance(policy.strategy, Dense) or not gate.sites:
+            return None
+        if self._below and not self._passed:  # a loop that only counts
             return None
         lowest = f"is {float(gate.keep_ratio):.3g}" if self._below else "was never below 1"
         return (
@@ -122,6 +129,37 @@ class Alarms:
             f"the run goes on after the {scaled_to} updates that its cycle is scaled to. total_steps counts the "
             "optimizer updates of the whole run: epochs × updates an epoch, not epochs."
         )
+
+
+def other_driver(cycler: RegimeCycler, gate: TopKGate) -> RegimeCycler | None:
+    """Return the cycler that drives a gate, if it is another one and still there."""
+    driver: RegimeCycler | None = gate.driver() if gate.driver is not None else None
+    if driver is None or driver is cycler or all(gate is not driven for driven in driver._gates):
+        return None
+    return driver
+
+
+def still_driven(cycler: RegimeCycler, gates: list[TopKGate]) -> list[TopKGate]:
+    """Return those of a cycler's gates that are still in a model; take over those whose cycler is gone.
+
+    Raises:
+        WrapError: the model was unwrapped, or a newer cycler drives it.
+    """
+    for gate in gates:
+        other = other_driver(cycler, gate)
+        if other is not None:
+            raise WrapError(
+                f"this RegimeCycler no longer drives its model: a newer one, {other!r}, has taken over. Step that one, "
+                "and make one cycler a model."
+            )
+        if gate.driver is None or gate.driver() is not cycler:
+            gate.driver = weakref.ref(cycler)
+    if gates[0].released:
+        raise WrapError(
+            "this RegimeCycler drives nothing: its model was unwrapped. If it is wrapped again, make a new "
+            "RegimeCycler(model); a saved state goes on in that with load_state_dict."
+        )
+    return [gate for gate in gates if not gate.released] if any(gate.released for gate in gates) else gates
 
 
 def _versions(gate: TopKGate) -> int:

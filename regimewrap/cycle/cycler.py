@@ -12,27 +12,26 @@ import warnings
 import weakref
 from collections import deque
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from regimewrap.cycle import ranks, signal
-from regimewrap.cycle.alarms import PATIENCE, Alarms
-from regimewrap.cycle.state import LARGEST, Decision, Histogram, Regime, Saved, Share, State, plain, restored
+from regimewrap.cycle.alarms import Alarms, other_driver, still_driven
+from regimewrap.cycle.decide import RefusedError, decided, next_move
+from regimewrap.cycle.state import Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.cycle.threshold import end_step
-from regimewrap.errors import PolicyError, SignalError, StateError, WrapError
-from regimewrap.files import shown
+from regimewrap.errors import PolicyError, StateError
 from regimewrap.gate.gate import TopKGate, gate_of
 from regimewrap.gate.network import NetworkThreshold
 from regimewrap.policy.migrate import HISTORY
 from regimewrap.policy.policy import CyclePolicy, PolicyLike, RegimePolicy
-from regimewrap.policy.presets import CYCLES, for_run
+from regimewrap.policy.presets import for_run
 from regimewrap.policy.settings import whole_number
-from regimewrap.policy.strategies import EVENTS, Dense, Move, Situation
+from regimewrap.policy.strategies import Move
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 _log = logging.getLogger("regimewrap")
 
@@ -84,12 +83,14 @@ class RegimeCycler:
         policy = gate.policy if policy is None else policy
         cycle = policy if isinstance(policy, CyclePolicy) else RegimePolicy.of(policy).cycle
         self.policy: CyclePolicy = for_run(cycle, total_steps)
-        self.total_steps = _length(self.policy, total_steps)
+        length = self.policy.scaled_to if total_steps is None else whole_number("total_steps", total_steps)
+        self.total_steps = length if isinstance(length, int) else None
         self._gates = [gate]
         self._met = False  # whether the ranks have come together at the end of a step
         self._alarms = Alarms()
         self._notices: list[str] = []  # said at the end of a step: where warnings are errors, nothing is left undone
-        self._take(State.at_start(self.policy), updates=0, pending=[], history=())
+        self._history: deque[Decision] = deque(maxlen=HISTORY)
+        self._take(State.at_start(self.policy), updates=0, pending=[])
         gate.driver = weakref.ref(self)
 
     @property
@@ -158,7 +159,7 @@ class RegimeCycler:
             WrapError: the cycler drives nothing: its model was unwrapped, trains without its gate, or has a newer
                 cycler.
         """
-        self._require_driving()
+        self._gates = still_driven(self, self._gates)
         self._alarms.before(self._gates[0], self._updates)
         strategy = self.policy.strategy
         value = signal.checked(self.policy.monitor, loss, metrics) if strategy.needs_signal else None
@@ -177,8 +178,7 @@ class RegimeCycler:
             self._met = True
         self._alarms.after(self._gates[0], self._updates, regime.keep_ratio)
         self._notice(self._alarms.too_long(self._updates, self.policy.scaled_to))
-        if self._updates == self._deadline:
-            self._notice(self._alarms.never_bound(self._gates[0], self._updates))
+        self._notice(self._alarms.never_bound(self._gates[0], self._updates, self.policy, self.total_steps))
         if self._notices:
             notices, self._notices = self._notices, []
             for notice in notices:
@@ -218,16 +218,9 @@ class RegimeCycler:
         Raises:
             SyncError: the message says which ranks have what, or which one does not answer.
         """
-        ranks.require_same(
-            {
-                **self._place(),
-                **_flat("cycle", self.policy.model_dump(mode="json")),
-                **_flat("gate", self._gates[0].policy.gate.model_dump(mode="json")),
-                "sites": self._sites,
-            },
-            "check_sync",
-            self._updates,
-        )
+        here = self._whole_policy.model_dump(mode="json")
+        mine = {**self._place(), "cycle": here["cycle"], "gate": here["gate"], "sites": self._sites}
+        ranks.require_same(mine, "check_sync", self._updates)
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
         """Return all running state as plain JSON types, also between two decisions.
@@ -269,7 +262,8 @@ class RegimeCycler:
         share = saved.share(ranks.rank(), ranks.world_size())
         pending = [math.nan if value is None else value for value in share.pending]
         state_here = replace(saved.state, skipped=share.skipped)
-        self._take(state_here, updates=saved.updates, pending=pending, history=saved.history)
+        self._history = deque(saved.history, maxlen=HISTORY)
+        self._take(state_here, updates=saved.updates, pending=pending)
         if saved.network is not None:
             for each in self._networks:
                 each.take(saved.network.tensor())
@@ -286,47 +280,18 @@ class RegimeCycler:
     def _sites(self) -> list[str]:
         return [site.name for site in self._gates[0].sites]
 
-    @property
-    def _deadline(self) -> int:
-        """The update at which a gate must have cut something."""
-        strategy = self.policy.strategy
-        if isinstance(strategy, Dense) or not self._gates[0].sites:
-            return -1
-        return self.policy.warmup + (PATIENCE if self.total_steps is None else max(1, self.total_steps // 10))
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for gate in self._gates:
-            driver = gate.driver() if gate.driver is not None else None
-            if driver is None or all(gate is not driven for driven in driver._gates):  # a gate of the copy's own
+            if other_driver(self, gate) is None:  # a gate of the copy's own
                 gate.driver = weakref.ref(self)
-
-    def _require_driving(self) -> None:
-        for gate in self._gates:
-            driver = gate.driver() if gate.driver is not None else None
-            if driver is None or (driver is not self and all(gate is not driven for driven in driver._gates)):
-                gate.driver = weakref.ref(self)
-            elif driver is not self:
-                raise WrapError(
-                    f"this RegimeCycler no longer drives its model: a newer one, {driver!r}, has taken over. Step that "
-                    "one, and make one cycler a model."
-                )
-        if self._gates[0].released:
-            raise WrapError(
-                "this RegimeCycler drives nothing: its model was unwrapped. If it is wrapped again, make a new "
-                "RegimeCycler(model); a saved state goes on in that with load_state_dict."
-            )
-        self._gates = [gate for gate in self._gates if not gate.released]
 
     def _notice(self, text: str | None) -> None:
         if text is not None:
             self._notices.append(text)
 
-    def _take(
-        self, state: State, *, updates: int, pending: Sequence[Tensor | float], history: Iterable[Decision]
-    ) -> None:
+    def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float]) -> None:
         self._state, self._updates, self._pending = state, updates, list(pending)
-        self._history = deque(history, maxlen=HISTORY)
         self._between = Regime(state.keep_ratio, state.phase, state.cycle, None)
         self._put_into_force(state.keep_ratio)
 
@@ -338,32 +303,24 @@ class RegimeCycler:
         """Move to the ratio that a strategy which moves at each update has after so many."""
         move = Move(1.0, None)
         if updates >= self.policy.warmup:
-            move = self._move(self._state, None, updates - self.policy.warmup)
+            move = next_move(self.policy, self._state, None, updates - self.policy.warmup, updates)
         self._updates, self._state = updates, replace(self._state, keep_ratio=move.keep_ratio)
         self._between = Regime(move.keep_ratio, "spread", 0, None)
         self._put_into_force(move.keep_ratio)
         return self._between
 
     def _decide(self, value: Tensor | float | None) -> Regime:
-        number, updates = self._updates // self.policy.every, self._updates + 1
-        before, said = self._state, None
-        state, said = (before, None) if value is None else self._observe(value)
-        warm = updates < self.policy.warmup
-        decisions_in_warmup = max(0, self.policy.warmup - 1) // self.policy.every
-        move = Move(1.0, "hold") if warm else self._move(state, said, number - decisions_in_warmup)
-        assert move.event is not None  # noqa: S101 - checked in _move
-        rose = move.event in ("relax", "reset")
-        state = replace(
-            state,
-            keep_ratio=move.keep_ratio,
-            phase="recover" if rose else "compress" if move.event == "compress" else state.phase,
-            cycle=state.cycle + (move.keep_ratio > state.keep_ratio),
-            last_raise=number if rose else state.last_raise,
-            held=state.held + 1 if move.event == "hold" and not warm else 0,
-            began=updates if warm or move.event == "reset" else state.began,
-        )
-        record = Decision(updates, state.keep_ratio, said, state.best, state.phase, move.event, state.cycle)
-        self._take(state, updates=updates, pending=[], history=[*self._history, record])
+        before, values = self._state, None
+        if value is not None:
+            values = signal.fetched([*self._pending, value])
+        try:
+            state, record = decided(self.policy, before, values, self._updates, self._place(), self.check_sync)
+        except RefusedError as error:
+            # Else they would be refused again at each further step.
+            self._pending = [each for place, each in enumerate(self._pending) if place not in error.places]
+            raise
+        self._history.append(record)
+        self._take(state, updates=self._updates + 1, pending=[])
         if state.skipped and before.skipped == 0:
             self._notice(
                 f"{state.skipped} of the last {self.policy.every} values of {self.policy.monitor} were not finite and "
@@ -372,73 +329,14 @@ class RegimeCycler:
         if self.policy.strategy.needs_signal:
             held = state.held * self.policy.every
             floor = getattr(self.policy.strategy, "floor", None)
-            self._notice(self._alarms.stuck(floor, state.keep_ratio, held, updates - held - state.began))
+            self._notice(self._alarms.stuck(floor, state.keep_ratio, held, self._updates - held - state.began))
         if state.cycle > before.cycle:
-            self._log(move, before.keep_ratio)
-        return self._between._replace(event=move.event)
-
-    def _log(self, move: Move, before: float) -> None:
-        bound = "" if self._alarms.bound is None else f"; {self._alarms.bound:.0%} of the gates were bound"
-        _log.info(
-            "cycle %d: %s at update %d, keep ratio %.4g to %.4g%s",
-            *(self._state.cycle, move.event, self._updates, before, move.keep_ratio, bound),
-        )
-
-    def _observe(self, value: Tensor | float) -> tuple[State, float | None]:
-        """Return the state with the pending values and the last one smoothed in, and the signal over all ranks."""
-        name, smoothing, first = self.policy.monitor, self.policy.smoothing, self._updates + 1 - len(self._pending)
-        smoothed, skipped, seen, problem, refused_here = self._state.smoothed, self._state.skipped, False, None, set()
-        for place, new in enumerate(signal.fetched([*self._pending, value])):
-            trouble = signal.problem_with(new, self.policy, first + place)
-            if trouble is not None:
-                refused_here.add(place)
-                problem = problem or trouble
-            if not abs(new) <= LARGEST:  # NaN compares false
-                skipped += 1
-                continue
-            smoothed = new if smoothed is None else smoothing * smoothed + (1 - smoothing) * new
-            seen = True
-        mine, update = (smoothed if seen else None), self._updates + 1
-        shared, refused, alike = ranks.mean(mine, bool(problem), repr((self._place(), self.policy)), update)
-        if not alike:
-            self.check_sync()
-        if refused:
-            # Else they would be refused again at each further step.
-            self._pending = [each for place, each in enumerate(self._pending) if place not in refused_here]
-            raise SignalError(problem or f"another rank refused its {name} at update {update} or before.")
-        if shared is None:
-            return replace(self._state, skipped=skipped), None
-        return signal.with_signal(replace(self._state, skipped=skipped), shared, self.policy), shared
-
-    def _move(self, state: State, said: float | None, number: int) -> Move:
-        strategy = self.policy.strategy
-        if said is None and strategy.needs_signal:  # nothing to go by
-            return Move(state.keep_ratio, "hold")
-        best, fall = (state.best, 0.0) if said is None else signal.best_and_fall(state, said, self.policy)
-        length, updates = self.policy.scaled_to, self._updates + 1
-        move = strategy.next_move(
-            Situation(
-                keep_ratio=state.keep_ratio,
-                signal=said,
-                best=best,
-                fall=fall,
-                decision=number,
-                since_raise=None if state.last_raise is None else self._updates // self.policy.every - state.last_raise,
-                held=state.held,
-                guarded=self.policy.guarded,
-                overdue=isinstance(length, int) and CYCLES * (updates - state.began) >= length,
+            bound = "" if self._alarms.bound is None else f"; {self._alarms.bound:.0%} of the gates were bound"
+            _log.info(
+                "cycle %d: %s at update %d, keep ratio %.4g to %.4g%s",
+                *(state.cycle, record.event, self._updates, before.keep_ratio, state.keep_ratio, bound),
             )
-        )
-        if not (isinstance(move, Move) and isinstance(move.keep_ratio, Real) and 0 < move.keep_ratio <= 1):
-            raise PolicyError(f"strategy {strategy.kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")
-        if strategy.each_update:
-            return move
-        if move.event not in EVENTS:
-            raise PolicyError(f"strategy {strategy.kind!r} must name one of {EVENTS}; got {shown(move.event)}.")
-        if not strategy.needs_signal:
-            return Move(float(move.keep_ratio), move.event)
-        keep_ratio, event = ranks.from_rank_0((move.keep_ratio, EVENTS.index(move.event)), updates)
-        return Move(keep_ratio, EVENTS[int(event)])
+        return self._between._replace(event=record.event)
 
     def _place(self) -> dict[str, object]:
         """Return where in the cycle we are, as far as it must be the same on all ranks."""
@@ -455,16 +353,3 @@ class RegimeCycler:
 
 def _gate(model_or_gate: nn.Module | TopKGate) -> TopKGate:
     return model_or_gate if isinstance(model_or_gate, TopKGate) else gate_of(model_or_gate)
-
-
-def _length(policy: CyclePolicy, total_steps: int | None) -> int | None:
-    if total_steps is not None:
-        return whole_number("total_steps", total_steps)
-    return policy.scaled_to if isinstance(policy.scaled_to, int) else None
-
-
-def _flat(name: str, value: object) -> dict[str, object]:
-    """Return nested settings as one level, by dotted name."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {path: each for key, inner in value.items() for path, each in _flat(f"{name}.{key}", inner).items()}

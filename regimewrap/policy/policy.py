@@ -105,8 +105,8 @@ class RegimePolicy(Settings):
         - ``every`` is the preset's × ``total_steps`` / 195,500, at least 8, but at most an eighth of a cycle, and at
           least 1;
         - the strategy is rescaled to the decisions of one cycle: it compresses from 1 to its floor (to 0.1, as the
-          method's numbers do, if that is below 0.05) in those that it does not sit out (a cooldown takes an eighth of them at most); ``accuracy-relax``
-          gives back more, in proportion.
+          method's numbers do, if that is below 0.05) in those that it does not sit out (a cooldown takes an eighth of
+          them at most); ``accuracy-relax`` gives back more, in proportion.
 
         A strategy that watches a signal may still reset sooner than that.
 
