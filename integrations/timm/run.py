@@ -35,7 +35,6 @@ from regimewrap.recipes.data import load_data
 
 from . import checkpoints
 from .images import TrainImages, batches_of, make_loaders
-from .models import policy_named
 from .task import STATE_KEY, RegimeTask, is_wrapped
 
 if TYPE_CHECKING:
@@ -365,7 +364,7 @@ class Run:
         policy = None
         if not is_wrapped(model):
             total_steps = max(self.epochs * self.updates_per_epoch, _FEWEST_STEPS)
-            policy = policy_named(args.policy or "loss-reset", total_steps)
+            policy = regimewrap.RegimePolicy.of(args.policy or "mixed", total_steps)
         return _GatedTask(model, criterion, device=self.device, verbose=False, policy=policy)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
