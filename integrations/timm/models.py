@@ -97,7 +97,7 @@ def regimewrap_auto(
     name = base.partition(".")[0]
     if ":" not in base and (not is_model(name) or name == "regimewrap_auto"):  # a colon names a hub or a folder
         raise WrapError(f"timm has no model {base!r} to wrap.{nearest(name, list_models())}")
-    chosen = RegimePolicy.of(policy)
+    chosen = RegimePolicy.of(policy, total_steps)
     model: nn.Module = timm.create_model(base, pretrained=pretrained, **kwargs)
     wrap(model, chosen)
     if drive:
