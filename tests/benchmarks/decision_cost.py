@@ -3,10 +3,10 @@
     python tests/benchmarks/decision_cost.py
     torchrun --standalone --nproc-per-node=2 tests/benchmarks/decision_cost.py
 
-Medians in microseconds on rank 0, each after a forward pass, of an update without a decision, of one with the default
-policy, whose ratio moves at each update, of one in scope "network", which ends a histogram, and of one with a decision; with several ranks also of what a decision is made of, a
-reduction of five numbers and a broadcast of two, by themselves; and the same with DistributedDataParallel's share of an
-update, a reduction of a million parameters, for comparison. gloo, on the CPU.
+Medians in microseconds on rank 0, each after a forward pass: an update without a decision; one of the default policy,
+whose ratio moves at each update; one in scope "network", which ends a histogram; and one with a decision. With several
+ranks also what a decision is made of, a reduction of five numbers and a broadcast of two, by themselves; and, for
+comparison, DistributedDataParallel's share of an update, a reduction of a million parameters. gloo, on the CPU.
 """
 
 from __future__ import annotations
