@@ -247,10 +247,10 @@ class TopKGate:
             self._in_cuda_graph = True
         if self._dense_in_eval and not training and not now.forced:
             return x
-        if getattr(self, "_calls", -1) >= 0 and training and not torch.compiler.is_compiling():
-            self._calls += 1
         if torch.compiler.is_compiling():
             self._compiled = 1
+        elif getattr(self, "_calls", -1) >= 0 and training:
+            self._calls += 1
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
         if now.network is not None:
