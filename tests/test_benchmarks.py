@@ -1,4 +1,4 @@
-"""``tests/benchmarks/run_all.py``: every benchmark in a process of its own, one table of figures beside their targets."""
+"""``tests/benchmarks/run_all.py``: a process a benchmark, one table of figures beside their targets."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ ORDER = [
     {"regimewrap"},
     {"report"},
     {"recipes"},
+    {"train"},
     {"cli", "integrations"},
     {"__main__"},
 ]
