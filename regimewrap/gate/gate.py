@@ -356,24 +356,23 @@ class TopKGate:
         if root is not None and id(root) not in memo:
             # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
             return self
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin._budget = copy.deepcopy(self._budget, memo)
-        twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
-        twin.network = copy.deepcopy(self.network, memo)
-        twin.observers, twin.driver, twin._told = [], None, Told()
+        twin = self._twin(memo)
         if root is not None:
             twin.anchor(memo[id(root)])
         return twin
 
+    def _twin(self, memo: dict[int, Any]) -> TopKGate:
+        """Return a copy without what belongs to this one alone: its model, who watches or drives it, open blocks."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._budget = copy.deepcopy(self._budget, memo)
+        twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
+        twin.network = copy.deepcopy(self.network, memo)
+        twin.observers, twin.driver, twin._root, twin._told = [], None, None, Told()
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        # Neither a weak reference nor somebody's observer belongs in a file, nor a ratio that is forced for a while.
-        root, self._root = self._root, None
-        try:
-            twin = copy.deepcopy(self)
-        finally:
-            self._root = root
-        return twin.__dict__
+        return self._twin({}).__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
