@@ -147,6 +147,7 @@ def unwrap(model: M) -> M:
             "To leave a part of a model alone, wrap it with sites.exclude."
         )
     rewriting.undo(root)
+    gate.released = True
     _forget_compiled(model)
     return model
 
