@@ -119,7 +119,7 @@ def train(
     context: typer.Context,
     data: Annotated[Path, typer.Argument(help="Folder: train/ and val/ with a folder a class, or a folder a class.")],
     model: Annotated[str, typer.Option(help="Any model of timm, such as resnet18.")],
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "sawtooth",
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
     out: Annotated[Path, typer.Option(help="Folder for model.pt and summary.csv.")] = Path("regimewrap-train"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 30,
     batch_size: Annotated[int, typer.Option(min=2, help="Pictures in an update.")] = 64,
@@ -228,7 +228,7 @@ def export(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or PACKAGE.MODULE:CALLABLE.")],
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
 ) -> int:
     """Show which activations of a model would be gated, and why. Changes nothing."""
     chosen = _policy_named(policy)
@@ -246,7 +246,7 @@ def plan(
 
 @policy_app.command("show")
 def policy_show(
-    policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "mixed",
     steps: Annotated[int | None, typer.Option(min=1, help="Rescale a preset to a run of so many updates.")] = None,
 ) -> None:
     """Print a policy as YAML, ready for a file."""
@@ -268,8 +268,7 @@ def policy_schema() -> None:
 
 def _policy_named(name: str, total_steps: int | None = None) -> RegimePolicy:
     """Return a preset, rescaled, or the policy in a file as it is."""
-    looks_like_file = name not in PRESETS and (Path(name).suffix or os.sep in name or os.path.lexists(name))
-    return RegimePolicy.from_file(name) if looks_like_file else RegimePolicy.preset(name, total_steps)
+    return RegimePolicy.of(name, total_steps)
 
 
 def _require_plotting() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -110,9 +111,16 @@ def nearest(name: object, names: Iterable[str]) -> str:
     return f" Did you mean {known[found[0]]!r}?" if found else ""
 
 
+# YAML's aliases make a few bytes into a value whose whole repr takes minutes.
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel = 4
+_BOUNDED.maxdict = _BOUNDED.maxlist = _BOUNDED.maxtuple = _BOUNDED.maxset = 12
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 200
+
+
 def shown(value: object) -> str:
     """Return ``value`` as it is put into a message: its repr, on one line and short."""
-    text = " ".join(repr(value).split())
+    text = " ".join(_BOUNDED.repr(value).split())
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
