@@ -42,7 +42,7 @@ def test_loaded_it_is_wrapped_and_as_accurate_as_it_was(regimewrap, run):
     assert found == {f"{ratio:g}": value for ratio, value in trained.about["accuracy"].items()}
 
 
-def test_sweep_takes_another_folder_whole_and_refuses_unknown_classes(regimewrap, run, shapes, tmp_path):
+def test_sweep_takes_another_folder_whole_and_refuses_unknown_classes(regimewrap, run, tmp_path):
     for name in ("square", "ring"):
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / "other" / name / "1.png")
@@ -71,22 +71,18 @@ def test_predict_says_the_likeliest_classes_at_any_budget(regimewrap, run, shape
     assert shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("out", "none.png"), "none.png cannot be opened"),
-        (("none", "none.png"), "there is no none"),
-        (("quick.yaml", "none.png"), "quick.yaml is damaged, or not a file of regimewrap train"),
-        (("out", "quick.yaml", "--keep-ratio", 2), "keep_ratio"),
-    ],
-)
-def test_what_cannot_be_used_is_named(regimewrap, run, shapes, arguments, message):
-    outcome = regimewrap("predict", *arguments)
-    if "--keep-ratio" in arguments:
-        outcome = regimewrap("predict", "out", shapes / "circle" / "1.png", "--keep-ratio", 2)
-    assert outcome.status == 2
-    assert message in outcome.err
-    assert outcome.err.count("\n") == 1
+def test_what_cannot_be_used_is_named(regimewrap, run, shapes):
+    picture = shapes / "circle" / "1.png"
+    for arguments, message in (
+        ((run, "none.png"), "none.png cannot be opened"),
+        (("none", picture), "there is no none"),
+        (("quick.yaml", picture), "quick.yaml is damaged, or not a file of regimewrap train"),
+        ((run, picture, "--keep-ratio", 2), "a fraction in (0, 1]; got 2"),
+    ):
+        outcome = regimewrap("predict", *arguments)
+        assert outcome.status == 2
+        assert message in outcome.err
+        assert outcome.err.count("\n") == 1
 
 
 def test_a_file_that_is_cut_short_is_named(regimewrap, run):
