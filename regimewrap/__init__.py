@@ -15,6 +15,7 @@ from regimewrap.measure.verify import verify
 from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
 from regimewrap.rewrite.insert import insert_gates
 from regimewrap.serve.calibration import Calibration, calibrate
+from regimewrap.serve.serving import Served, serve
 from regimewrap.wrap import plan, unwrap, wrap
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RegimeCycler",
     "RegimePolicy",
     "RegimewrapError",
+    "Served",
     "SitePolicy",
     "Sweep",
     "TopKGate",
@@ -35,6 +37,7 @@ __all__ = [
     "insert_gates",
     "plan",
     "recalibrate_batchnorm",
+    "serve",
     "sweep",
     "unwrap",
     "verify",

@@ -10,6 +10,7 @@
     │   ├── AlreadyWrappedError          wrap was called twice
     │   ├── NotWrappedError              a wrapped model was needed
     │   └── UnreachableSiteError         the policy selects an activation that no mechanism can gate soundly
+    ├── ServeError (RuntimeError)        a model cannot be served, or not in this way
     ├── SignalError (ValueError)         what was passed to RegimeCycler.step cannot steer it
     ├── StateError (ValueError)          a saved state that belongs to something else, or is damaged
     ├── SyncError (RuntimeError)         ranks disagree or do not answer
@@ -53,6 +54,10 @@ class NotWrappedError(WrapError):
 
 class UnreachableSiteError(WrapError):
     """The policy selects an activation that no mechanism can gate soundly."""
+
+
+class ServeError(RegimewrapError, RuntimeError):
+    """A model cannot be served, or a served one cannot do this."""
 
 
 class SignalError(RegimewrapError, ValueError):

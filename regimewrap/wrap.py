@@ -146,6 +146,9 @@ def unwrap(model: M) -> M:
             f"{type(root).__name__} is a part ({path}) of a wrapped {type(whole).__name__}; unwrap that. "
             "To leave a part of a model alone, wrap it with sites.exclude."
         )
+    served: Any = gate.__dict__.get("served")
+    if served is not None:  # regimewrap.serve changed the model after wrap did, so its changes go first
+        served.close()
     rewriting.undo(root)
     _forget_compiled(model)
     return model

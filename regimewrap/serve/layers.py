@@ -1,0 +1,134 @@
+"""Layers that can skip the zeros of their input: which, why not the others, and their weights laid out for it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from regimewrap.serve import stock
+
+
+class CannotSkip(Exception):  # noqa: N818  it says why a layer stays dense; no user sees it
+    """A layer cannot skip zeros; the message says why."""
+
+
+@final
+class Laid:
+    """A layer's weight laid out so that each input has a row of its own; never staler than the layer.
+
+    Writes to a weight raise its version, new weights have other memory, and writes around both (``weight.data``) are
+    found by comparing a few elements in each call.
+    """
+
+    def __init__(self, module: nn.Module, lay: Callable[[Tensor], Tensor]) -> None:
+        self._module, self._lay = module, lay
+        self._lock = threading.Lock()
+        self._state: tuple[Any, Tensor, Tensor, Tensor | None] | None = None
+
+    def get(self) -> Tensor | None:
+        """Return the weight as it is now, laid out; ``None`` if it is not finite: zero times infinity is not zero."""
+        weight = self._module._parameters["weight"]
+        if weight is None or weight.is_inference():
+            return None
+        stamp = weight.data_ptr(), weight._version, weight.dtype, weight.shape
+        state = self._state
+        if state is None or state[0] != stamp or not torch.equal(torch.take(weight, state[1]), state[2]):
+            with self._lock:
+                places = torch.linspace(0, max(weight.numel() - 1, 0), 16, dtype=torch.float64).long()
+                seen = torch.take(weight, places)
+                laid = self._lay(weight.detach()) if bool(torch.isfinite(weight).all()) else None
+                state = self._state = stamp, places, seen, laid
+        return state[3]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copy; 0 where the layer's own weight serves."""
+        laid = self._state[3] if self._state is not None else None
+        weight: Any = self._module._parameters["weight"]
+        return 0 if laid is None or laid.data_ptr() == weight.data_ptr() else laid.numel() * laid.element_size()
+
+
+class Product:
+    """A layer as a product with its laid out weight.
+
+    Attributes:
+        most_positions: rows, pixels or steps of a call above which sparse is not even tried.
+    """
+
+    most_positions: float = math.inf
+
+    def __init__(self, module: nn.Module, lay: Callable[[Tensor], Tensor]) -> None:
+        self.module = module
+        self.laid = Laid(module, lay)
+
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+        """Return what the layer makes of ``x``; ``None`` where more than ``most`` inputs are not zero."""
+        raise NotImplementedError
+
+    def positions(self, x: Tensor) -> int:
+        """Return how many rows, pixels or steps ``x`` has."""
+        raise NotImplementedError
+
+
+@final
+class LinearProduct(Product):
+    """``nn.Linear``, and the transposed one that some transformers are made of."""
+
+    most_positions = 32
+
+    def __init__(self, module: nn.Module, transposed: bool) -> None:
+        super().__init__(module, (lambda w: w.contiguous()) if transposed else (lambda w: w.t().contiguous()))
+
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+        """See ``Product``."""
+        weight = self.laid.get()
+        if weight is None or x.dtype != weight.dtype or x.shape[-1] != len(weight):
+            return None, x.numel()
+        y, found = stock.rows(x.reshape(-1, len(weight)), weight, self.module._parameters["bias"], most)
+        return (None if y is None else y.view(*x.shape[:-1], y.shape[-1])), found
+
+    def positions(self, x: Tensor) -> int:
+        """See ``Product``."""
+        return math.prod(x.shape[:-1])
+
+
+def product_of(module: nn.Module) -> Product | None:
+    """Return how a layer skips zeros; ``None`` if it is no layer with a weight.
+
+    Raises:
+        CannotSkip: it is one, and cannot.
+    """
+    forward = type(module).forward
+    linear = forward is nn.Linear.forward
+    conv = forward in _CONVOLUTIONS
+    transposed = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    if not (linear or conv or transposed):
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            raise CannotSkip(f"{type(module).__name__} computes its output in its own way")
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise CannotSkip("its weight is computed anew in each call")
+    if "forward" in module.__dict__:
+        raise CannotSkip("something has put a forward of its own on it")
+    if weight.device.type != "cpu":
+        raise CannotSkip(f"it is on {weight.device}; zeros are skipped on CPUs")
+    if weight.is_inference():
+        raise CannotSkip("its weight was made in inference mode, where changes of it cannot be noticed")
+    if weight.dtype not in stock.DTYPES:
+        raise CannotSkip(f"its weight is {weight.dtype}")
+    if type(weight) not in (nn.Parameter, Tensor):
+        raise CannotSkip(f"its weight is a {type(weight).__name__}")
+    if not bool(torch.isfinite(weight).all()):
+        raise CannotSkip("its weight is not finite, and zero times infinity is not zero")
+    if conv:
+        raise CannotSkip("convolutions need pip install 'regimewrap[fast]'")
+    return LinearProduct(module, transposed)
+
+
+_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
