@@ -15,7 +15,8 @@ from regimewrap.measure.verify import verify
 from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
 from regimewrap.rewrite.insert import insert_gates
 from regimewrap.serve.calibration import Calibration, calibrate
-from regimewrap.serve.serving import Served, serve
+from regimewrap.serve.served import Served
+from regimewrap.serve.serving import serve
 from regimewrap.wrap import plan, unwrap, wrap
 
 __all__ = [

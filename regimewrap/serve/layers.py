@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regimewrap.serve import stock
+from regimewrap.serve.cpu import dispatch as cpu
 
 
 class CannotSkip(Exception):  # noqa: N818  it says why a layer stays dense; no user sees it
@@ -97,6 +98,45 @@ class LinearProduct(Product):
         return math.prod(x.shape[:-1])
 
 
+@final
+class ConvProduct(Product):
+    """``nn.Conv2d`` and ``nn.Conv1d``: zeros around the image, one group."""
+
+    def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
+        self._flat = isinstance(module, nn.Conv1d)
+        super().__init__(module, lambda w: cpu.laid_convolution(w.unsqueeze(2) if self._flat else w))
+        settings = module.kernel_size, module.stride, module.padding, module.dilation
+        self._outputs = module.out_channels
+        padding: Any = module.padding
+        if isinstance(padding, str):
+            same = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            if padding == "same" and any(each % 2 for each in same):
+                raise CannotSkip("its padding is not the same on both sides")
+            padding = tuple(each // 2 if padding == "same" else 0 for each in same)
+            settings = module.kernel_size, module.stride, padding, module.dilation
+        neutral: Any = ((1,), (1,), (0,), (1,)) if self._flat else ((),) * 4
+        self._window = tuple(int(each) for new, old in zip(neutral, settings, strict=True) for each in (*new, *old))
+
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+        """See ``Product``."""
+        laid = self.laid.get()
+        images = x.unsqueeze(-2) if self._flat else x
+        weight: Any = self.module._parameters["weight"]
+        batched = images.ndim == 4
+        if laid is None or images.ndim < 3 or x.dtype != weight.dtype or images.shape[-3] != laid.shape[1]:
+            return None, x.numel()
+        bias = self.module._parameters["bias"]
+        y, found = cpu.convolve(images if batched else images[None], laid, bias, self._outputs, self._window, most)
+        if y is None:
+            return None, found
+        y = y if batched else y[0]
+        return (y.squeeze(-2) if self._flat else y), found
+
+    def positions(self, x: Tensor) -> int:
+        """See ``Product``."""
+        return x.numel() // max(x.shape[-2 if self._flat else -3], 1) if x.ndim >= 2 else 0
+
+
 def product_of(module: nn.Module) -> Product | None:
     """Return how a layer skips zeros; ``None`` if it is no layer with a weight.
 
@@ -126,9 +166,18 @@ def product_of(module: nn.Module) -> Product | None:
         raise CannotSkip(f"its weight is a {type(weight).__name__}")
     if not bool(torch.isfinite(weight).all()):
         raise CannotSkip("its weight is not finite, and zero times infinity is not zero")
-    if conv:
-        raise CannotSkip("convolutions need pip install 'regimewrap[fast]'")
-    return LinearProduct(module, transposed)
+    if not conv:
+        return LinearProduct(module, transposed)
+    own: Any = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or type(module)._conv_forward is not own._conv_forward:
+        raise CannotSkip(f"{type(module).__name__} is none of the convolutions that can")
+    if module.groups != 1 or module.padding_mode != "zeros":
+        raise CannotSkip(f"groups={module.groups}, padding_mode={module.padding_mode!r}; one group and zeros can")
+    if weight.dtype == torch.float64:
+        raise CannotSkip("convolutions skip zeros in float32, bfloat16 and float16")
+    if cpu.KERNELS.get() is None:
+        raise CannotSkip("numba, which convolutions need, cannot be used: pip install 'regimewrap[fast]'")
+    return ConvProduct(module)
 
 
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from statistics import median
 from typing import Any, NoReturn, Self, final
 
 import torch
@@ -88,7 +87,7 @@ class Served:
     Attributes:
         gate: the gate of the model.
         layers: a row for each layer that was looked at.
-        dense_ms: median milliseconds of the whole model on the example inputs, dense and at the full budget.
+        dense_ms: least milliseconds of the whole model on the example inputs, dense and at the full budget.
         served_ms: the same as it is served.
         measured_ratio: the keep ratio that these two were taken at.
     """
@@ -188,7 +187,7 @@ class Served:
             density=choice.density,
             dense_ms=choice.dense_ms,
             sparse_ms=choice.sparse_ms,
-            select_ms=1e3 * median(select) if select else math.nan,
+            select_ms=1e3 * min(select) if select else math.nan,
             most_density=None if choice.most is None else min(choice.most / max(choice.units, 1), 1.0),
         )
 

@@ -11,13 +11,13 @@ import torch
 from regimewrap.files import columns
 
 if TYPE_CHECKING:
-    from regimewrap.serve.serving import Served
+    from regimewrap.serve.served import Served
 
 
 @final
 @dataclass(frozen=True)
 class ServedLayer:
-    """One layer that was looked at; times are medians of calls inside the whole model.
+    """One layer that was looked at; times are the least of some calls inside the whole model.
 
     Attributes:
         name: dotted name.
@@ -66,7 +66,7 @@ def served_table(served: Served, model: str) -> str:
         f"whole model: {served.dense_ms:.2f} ms dense at the full budget, {served.served_ms:.2f} ms served at "
         f"{served.measured_ratio:g}: {served.dense_ms / served.served_ms:.2f} times faster"
     )
-    rows = [("layer", "density", "ms dense", "ms sparse", "ms select", "runs  ")]
+    rows: list[tuple[str, ...]] = [("layer", "density", "ms dense", "ms sparse", "ms select", "runs  ")]
     for layer in layers:
         figures = (layer.density, layer.dense_ms, layer.sparse_ms, layer.select_ms)
         shown = [f"{value:.3f}" if math.isfinite(value) else "-" for value in figures]

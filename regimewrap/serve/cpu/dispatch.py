@@ -1,0 +1,116 @@
+"""The way to the compiled products: layouts, how tiles are shared among threads, what if a kernel fails.
+
+Cheap to import: numba is loaded when a layer is first served.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import wait
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regimewrap.topk.cpu.dispatch import _pool
+from regimewrap.topk.loading import Kernels
+
+#: Elements of a result that keep a thread busy for longer than it takes to wake it.
+_GRAIN = 1 << 12
+
+
+def _import() -> ModuleType:
+    from regimewrap.serve.cpu import kernels
+
+    return kernels
+
+
+KERNELS = Kernels(
+    _import,
+    "numba",
+    "pip install 'regimewrap[fast]'",
+    "serves convolutions dense, and linear layers in plain torch",
+)
+
+
+def laid_convolution(weight: Tensor) -> Tensor:
+    """Return a weight (outputs, channels, height, width) as (taps, channels, outputs), outputs filled up with zeros."""
+    outputs, channels = weight.shape[:2]
+    laid = weight.new_zeros(weight[0, 0].numel(), channels, -(-outputs // 16) * 16, dtype=torch.float32)
+    laid[..., :outputs] = weight.flatten(2).permute(2, 1, 0)
+    return laid
+
+
+def convolve(
+    x: Tensor,
+    laid: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    window: tuple[int, ...],
+    most: float,
+) -> tuple[Tensor | None, int]:
+    """Return what a convolution makes of images with zeros in them.
+
+    Args:
+        x: shape (images, channels, height, width), on the CPU, any strides.
+        laid: as ``laid_convolution`` returns it.
+        bias: shape (outputs,), or ``None``.
+        outputs: channels of the result.
+        window: height, width; then stride, padding and dilation, two each.
+        most: inputs other than zero above which the answer is ``None``.
+
+    Returns:
+        Shape (images, outputs, height, width), in the dtype and memory format of ``x``, or ``None``; and how many
+        inputs were not zero.
+    """
+    kernels = KERNELS.get()
+    if kernels is None:
+        return None, x.numel()
+    planes = not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+    format_ = torch.contiguous_format if planes else torch.channels_last
+    source = x.detach().to(torch.float32).contiguous(memory_format=format_)
+    flat = _flat(source)
+    found = int(kernels.count(flat))
+    if found > most:
+        return None, found
+    images, channels, height, width = x.shape
+    size = [
+        (full + 2 * window[4 + i] - window[6 + i] * (window[i] - 1) - 1) // window[2 + i] + 1
+        for i, full in enumerate((height, width))
+    ]
+    out = torch.empty((images, outputs, *size), dtype=torch.float32, memory_format=format_)
+    filled = torch.zeros(laid.shape[-1])
+    if bias is not None:
+        filled[:outputs] = bias
+    settings = (
+        flat, _flat(laid), filled.numpy(), _flat(out),
+        (height, width, channels, *size, outputs), window, planes, planes,
+    )  # fmt: skip
+    tiles = images * -(-size[0] * size[1] // kernels.TILE)
+    if not share(lambda begin, end: kernels.convolve(*settings[:4], begin, end, *settings[4:]), tiles, out.numel()):
+        return None, found
+    return out.to(x.dtype), found
+
+
+def share(run: Any, items: int, elements: int) -> bool:
+    """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
+    threads = torch.get_num_threads()
+    parts = min(threads, items, elements // _GRAIN)
+    if parts <= 1:
+        return KERNELS.survive(lambda: run(0, items))
+    bounds = [items * part // parts for part in range(parts + 1)]
+
+    def work() -> None:
+        others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
+        try:
+            run(*bounds[:2])
+        finally:
+            wait(others)  # nothing writes to the result once we have returned
+        for other in others:
+            other.result()
+
+    return KERNELS.survive(work)
+
+
+def _flat(x: Tensor) -> Any:
+    return x.as_strided((x.numel(),), (1,)).numpy()
