@@ -106,7 +106,7 @@ class ConvProduct(Product):
         self._flat = isinstance(module, nn.Conv1d)
         super().__init__(module, lambda w: cpu.laid_convolution(w.unsqueeze(2) if self._flat else w))
         settings = module.kernel_size, module.stride, module.padding, module.dilation
-        self._outputs = module.out_channels
+        self._channels, self._outputs = module.in_channels, module.out_channels
         padding: Any = module.padding
         if isinstance(padding, str):
             same = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -123,7 +123,7 @@ class ConvProduct(Product):
         images = x.unsqueeze(-2) if self._flat else x
         weight: Any = self.module._parameters["weight"]
         batched = images.ndim == 4
-        if laid is None or images.ndim < 3 or x.dtype != weight.dtype or images.shape[-3] != laid.shape[1]:
+        if laid is None or images.ndim < 3 or x.dtype != weight.dtype or images.shape[-3] != self._channels:
             return None, x.numel()
         bias = self.module._parameters["bias"]
         y, found = cpu.convolve(images if batched else images[None], laid, bias, self._outputs, self._window, most)

@@ -34,11 +34,21 @@ KERNELS = Kernels(
 
 
 def laid_convolution(weight: Tensor) -> Tensor:
-    """Return a weight (outputs, channels, height, width) as (taps, channels, outputs), outputs filled up with zeros."""
+    """Return a weight (outputs, channels, height, width) as the kernel wants it.
+
+    Returns:
+        float32, flat: for each block of outputs (taps, channels, outputs of the block), filled up with zeros.
+    """
     outputs, channels = weight.shape[:2]
-    laid = weight.new_zeros(weight[0, 0].numel(), channels, -(-outputs // 16) * 16, dtype=torch.float32)
-    laid[..., :outputs] = weight.flatten(2).permute(2, 1, 0)
-    return laid
+    filled = weight.new_zeros(weight[0, 0].numel(), channels, -(-outputs // 16) * 16, dtype=torch.float32)
+    filled[..., :outputs] = weight.flatten(2).permute(2, 1, 0)
+    blocks, column, width = [], 0, 128
+    while column < filled.shape[-1]:
+        while width > filled.shape[-1] - column:
+            width //= 2
+        blocks.append(filled[..., column : column + width].flatten())
+        column += width
+    return torch.cat(blocks)
 
 
 def convolve(
@@ -79,7 +89,7 @@ def convolve(
         for i, full in enumerate((height, width))
     ]
     out = torch.empty((images, outputs, *size), dtype=torch.float32, memory_format=format_)
-    filled = torch.zeros(laid.shape[-1])
+    filled = torch.zeros(-(-outputs // 16) * 16)
     if bias is not None:
         filled[:outputs] = bias
     settings = (

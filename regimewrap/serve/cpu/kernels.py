@@ -21,6 +21,7 @@ from regimewrap.serve.cpu.vectors import (
     lowest,
     nonzero_mask,
     ones,
+    prefetch,
     transpose_16,
 )
 
@@ -58,7 +59,7 @@ def count(x: Any) -> Any:
 
 
 @_compiled
-def _list_pixels(x: Any, first: Any, pixels: Any, channels: Any, step: Any, units: Any, values: Any, lengths: Any) -> None:
+def _list_pixels(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
     """List what is not zero of an image whose channels lie together; list ``p`` starts at ``p * channels``."""
     for pixel in range(pixels):
         start = first + pixel * channels
@@ -67,62 +68,74 @@ def _list_pixels(x: Any, first: Any, pixels: Any, channels: Any, step: Any, unit
             mask = nonzero_mask(x, start + channel)
             while mask != uint64(0):
                 c = channel + lowest(mask)
-                units[k], values[k] = c * step, x[start + c]
+                units[k], values[k] = c, x[start + c]
                 k += 1
                 mask &= mask - uint64(1)
             channel += 64
         while channel < channels:
             if x[start + channel] != 0:
-                units[k], values[k] = channel * step, x[start + channel]
+                units[k], values[k] = channel, x[start + channel]
                 k += 1
             channel += 1
         lengths[pixel] = k - pixel * channels
 
 
 @_compiled
-def _list_planes(x: Any, first: Any, pixels: Any, channels: Any, step: Any, units: Any, values: Any, lengths: Any) -> None:
+def _list_planes(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
     """List the same of an image whose pixels lie together."""
     lengths[:pixels] = 0
     for channel in range(channels):
-        start, unit, pixel = first + channel * pixels, channel * step, int64(0)
+        start, pixel = first + channel * pixels, int64(0)
         while pixel + 64 <= pixels:
             mask = nonzero_mask(x, start + pixel)
             while mask != uint64(0):
                 p = pixel + lowest(mask)
                 k = p * channels + lengths[p]
-                units[k], values[k] = unit, x[start + p]
+                units[k], values[k] = channel, x[start + p]
                 lengths[p] += 1
                 mask &= mask - uint64(1)
             pixel += 64
         while pixel < pixels:
             if x[start + pixel] != 0:
                 k = pixel * channels + lengths[pixel]
-                units[k], values[k] = unit, x[start + pixel]
+                units[k], values[k] = channel, x[start + pixel]
                 lengths[pixel] += 1
             pixel += 1
 
 
 @numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
-def _add(width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, column: Any, out: Any, place: Any) -> None:
+def _add(
+    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
+) -> None:
     if width == 128:
-        add_rows_8(lists, n, units, values, weight, column, out, place)
+        add_rows_8(lists, n, units, values, weight, origin, out, place)
     elif width == 64:
-        add_rows_4(lists, n, units, values, weight, column, out, place)
+        add_rows_4(lists, n, units, values, weight, origin, out, place)
     elif width == 32:
-        add_rows_2(lists, n, units, values, weight, column, out, place)
+        add_rows_2(lists, n, units, values, weight, origin, out, place)
     else:
-        add_rows_1(lists, n, units, values, weight, column, out, place)
+        add_rows_1(lists, n, units, values, weight, origin, out, place)
 
 
 @_compiled
 def convolve(
-    x: Any, weight: Any, bias: Any, out: Any, begin: int, end: int, shape: Any, window: Any, x_planes: Any, out_planes: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    out: Any,
+    begin: int,
+    end: int,
+    shape: Any,
+    window: Any,
+    x_planes: Any,
+    out_planes: Any,
 ) -> None:
     """Compute some tiles of a batch of convolved images.
 
     Args:
         x: the images, flat.
-        weight: flat, from (taps, channels, outputs); outputs are filled up to a multiple of 16.
+        weight: flat; for each block of outputs (taps, channels, outputs of the block). Outputs are filled up to a
+            multiple of 16, and a block has 128 of them, or at the end 64, 32 and 16.
         bias: one for each output, filled up as well.
         out: flat; every element of the tiles is written.
         begin: the first tile, counted through all images.
@@ -148,9 +161,9 @@ def convolve(
         right = out_width * stride_x - pad_x
         if image != listed:
             if x_planes:
-                _list_planes(x, image * pixels * channels, pixels, channels, step, units, values, lengths)
+                _list_planes(x, image * pixels * channels, pixels, channels, units, values, lengths)
             else:
-                _list_pixels(x, image * pixels * channels, pixels, channels, step, units, values, lengths)
+                _list_pixels(x, image * pixels * channels, pixels, channels, units, values, lengths)
             listed = image
         column = int64(0)
         while column < step:
@@ -163,16 +176,22 @@ def convolve(
             for pixel in range(last - first):
                 for i in range(block):
                     target[origin + pixel * pitch + i] = bias[column + i]
+            base = taps * channels * column
             group = max(min(_CACHE // (4 * channels * block), window_width), 1)
             for tap_y in range(window_height):
                 for tap_first in range(0, window_width, group):
                     tap_last = min(tap_first + group, window_width)
+                    # Weights that come next are fetched while these are used, a part with each pixel.
+                    ahead = base + (tap_y * window_width + tap_last) * channels * block
+                    part = (group * channels * block // LANES // (last - first) + 1) * LANES
                     row, corner = top, left
                     for pixel in range(last - first):
                         y, x_0 = row + tap_y * dilation_y, corner
                         corner += stride_x
                         if corner == right:
                             row, corner = row + stride_y, -pad_x
+                        for line in range(0, part, LANES):
+                            prefetch(weight, ahead + pixel * part + line)
                         if y < 0 or y >= height:
                             continue
                         n = 0
@@ -182,10 +201,10 @@ def convolve(
                                 source = y * width + xx
                                 lists[n, 0] = source * channels
                                 lists[n, 1] = lengths[source]
-                                lists[n, 2] = (tap_y * window_width + tap_x) * channels * step
+                                lists[n, 2] = (tap_y * window_width + tap_x) * channels * block
                                 n += 1
                         if n:
-                            _add(block, lists, n, units, values, weight, column, target, origin + pixel * pitch)
+                            _add(block, lists, n, units, values, weight, base, target, origin + pixel * pitch)
             if not direct:
                 _write(sums, out, image, first, last, column, block, out_pixels, outputs, out_planes)
             column += block
@@ -193,7 +212,16 @@ def convolve(
 
 @_compiled
 def _write(
-    sums: Any, out: Any, image: Any, first: Any, last: Any, column: Any, block: Any, pixels: Any, outputs: Any, planes: Any
+    sums: Any,
+    out: Any,
+    image: Any,
+    first: Any,
+    last: Any,
+    column: Any,
+    block: Any,
+    pixels: Any,
+    outputs: Any,
+    planes: Any,
 ) -> None:
     """Copy the sums of a tile to their place in the result."""
     used = min(block, outputs - column)

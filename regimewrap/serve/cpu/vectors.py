@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 LANES = 16
+intrinsic: Any = extending.intrinsic
 
 _int32, _int64, _float = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _vector = ir.VectorType(_float, LANES)
@@ -46,13 +46,16 @@ def _everywhere(builder: Any, value: Any) -> Any:
 
 
 def _adder(vectors: int) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def add_rows(context: Any, lists: Any, n: Any, units: Any, values: Any, table: Any, column: Any, out: Any, place: Any):  # type: ignore[no-untyped-def]  # noqa: ANN202, ARG001, E501
-        """Add ``values[i] * table[units[i] + base + column :][: 16 * vectors]`` to ``out[place:]``, sums in registers.
+    @intrinsic
+    def add_rows(
+        context: Any, lists: Any, n: Any, units: Any, values: Any, table: Any, origin: Any, out: Any, place: Any
+    ) -> Any:
+        """Add ``values[i] * row[units[i]]`` to ``out[place:]``, with sums in registers.
 
-        ``lists`` has a row for each of the first ``n`` lists: where it starts, how long it is, and its ``base``.
+        ``lists`` has a row for each of the first ``n`` lists: where it starts, how long it is, and where in ``table``,
+        beyond ``origin``, the rows lie that it counts; these are 16 times ``vectors`` long.
         """
-        signature = types.void(lists, n, units, values, table, column, out, place)
+        signature = types.void(lists, n, units, values, table, origin, out, place)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, unit, value, weights, result = (
@@ -68,9 +71,9 @@ def _adder(vectors: int) -> Any:
                 weights_of = _at(builder, weights, base, args[5])
                 unit_of, value_of = _at(builder, unit, start), _at(builder, value, start)
                 with cgutils.for_range(builder, length) as inner:
-                    offset = builder.zext(builder.load(_at(builder, unit_of, inner.index)), _int64)
+                    unit_now = builder.zext(builder.load(_at(builder, unit_of, inner.index)), _int64)
                     factor = _everywhere(builder, builder.load(_at(builder, value_of, inner.index)))
-                    weight = _at(builder, weights_of, offset)
+                    weight = _at(builder, weights_of, builder.mul(unit_now, _int64(LANES * vectors)))
                     for i, each in enumerate(sums):
                         product = builder.fmul(factor, _load(builder, _at(builder, weight, LANES * i)), ("contract",))
                         builder.store(builder.fadd(product, builder.load(each), ("contract",)), each)
@@ -86,8 +89,24 @@ def _adder(vectors: int) -> Any:
 add_rows_1, add_rows_2, add_rows_4, add_rows_8 = (_adder(vectors) for vectors in (1, 2, 4, 8))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def nonzero_mask(context: Any, x: Any, place: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201, ARG001
+@intrinsic
+def prefetch(context: Any, x: Any, place: Any) -> Any:
+    """Have the processor fetch the 64 bytes at ``x[place]``; any place is allowed."""
+    signature = types.void(x, place)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _at(builder, _data(context, builder, signature.args[0], args[0]), args[1])
+        byte = ir.IntType(8).as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [byte, _int32, _int32, _int32])
+        fetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        builder.call(fetch, [builder.bitcast(pointer, byte), _int32(0), _int32(3), _int32(1)])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def nonzero_mask(context: Any, x: Any, place: Any) -> Any:
     """Return 64 bits: which of ``x[place : place + 64]`` are not zero (NaN is not)."""
     signature = types.uint64(x, place)
 
@@ -103,20 +122,20 @@ def nonzero_mask(context: Any, x: Any, place: Any):  # type: ignore[no-untyped-d
     return signature, generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def lowest(context: Any, mask: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201, ARG001
+@intrinsic
+def lowest(context: Any, mask: Any) -> Any:
     """Return the place of the lowest bit that is set."""
     return types.int64(types.uint64), lambda context, builder, signature, args: builder.cttz(args[0], ir.IntType(1)(1))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def ones(context: Any, mask: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201, ARG001
+@intrinsic
+def ones(context: Any, mask: Any) -> Any:
     """Return how many bits are set."""
     return types.int64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def transpose_16(context: Any, x: Any, place: Any, step: Any, out: Any, to: Any, out_step: Any):  # type: ignore[no-untyped-def]  # noqa: ANN201, ARG001, E501
+@intrinsic
+def transpose_16(context: Any, x: Any, place: Any, step: Any, out: Any, to: Any, out_step: Any) -> Any:
     """Write 16 rows of 16 from ``x[place:]``, ``step`` apart, as columns to ``out[to:]``, ``out_step`` apart."""
     signature = types.void(x, place, step, out, to, out_step)
 
