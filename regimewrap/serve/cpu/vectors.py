@@ -6,6 +6,7 @@ places in them; nothing checks bounds. To the type checker everything here is ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -13,10 +14,15 @@ from numba import extending, types
 from numba.core import cgutils
 
 LANES = 16
-intrinsic: Any = extending.intrinsic
+tools: Any = cgutils
 
 _int32, _int64, _float = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _vector = ir.VectorType(_float, LANES)
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Let compiled code call what ``function`` generates."""
+    return extending.intrinsic(function)
 
 
 def _data(context: Any, builder: Any, type_: Any, array: Any) -> Any:
@@ -62,15 +68,15 @@ def _adder(vectors: int) -> Any:
                 _data(context, builder, signature.args[i], args[i]) for i in (0, 2, 3, 4, 6)
             )
             result = _at(builder, result, args[7])
-            sums = [cgutils.alloca_once(builder, _vector) for _ in range(vectors)]
+            sums = [tools.alloca_once(builder, _vector) for _ in range(vectors)]
             for i, each in enumerate(sums):
                 builder.store(_load(builder, _at(builder, result, LANES * i)), each)
-            with cgutils.for_range(builder, args[1]) as outer:
+            with tools.for_range(builder, args[1]) as outer:
                 row = _at(builder, rows, builder.mul(outer.index, _int64(3)))
                 start, length, base = (builder.load(_at(builder, row, i)) for i in range(3))
                 weights_of = _at(builder, weights, base, args[5])
                 unit_of, value_of = _at(builder, unit, start), _at(builder, value, start)
-                with cgutils.for_range(builder, length) as inner:
+                with tools.for_range(builder, length) as inner:
                     unit_now = builder.zext(builder.load(_at(builder, unit_of, inner.index)), _int64)
                     factor = _everywhere(builder, builder.load(_at(builder, value_of, inner.index)))
                     weight = _at(builder, weights_of, builder.mul(unit_now, _int64(LANES * vectors)))
@@ -98,7 +104,7 @@ def prefetch(context: Any, x: Any, place: Any) -> Any:
         pointer = _at(builder, _data(context, builder, signature.args[0], args[0]), args[1])
         byte = ir.IntType(8).as_pointer()
         function = ir.FunctionType(ir.VoidType(), [byte, _int32, _int32, _int32])
-        fetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        fetch = tools.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
         builder.call(fetch, [builder.bitcast(pointer, byte), _int32(0), _int32(3), _int32(1)])
         return context.get_dummy_value()
 
