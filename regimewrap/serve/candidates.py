@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from regimewrap.gate.gate import at_keep_ratio
-from regimewrap.serve.layers import CannotSkip, Product, product_of
+from regimewrap.serve.cpu import dispatch as cpu
+from regimewrap.serve.layers import CannotSkip, LinearProduct, Product, RowsProduct, product_of
+from regimewrap.serve.partners import Link, products_seen
 from regimewrap.sites.probe import run
 
 #: The budget at which a layer is looked at, and the share of its input that may then be other than zero.
@@ -28,12 +30,16 @@ class Candidate:
         module: the layer.
         product: how it skips zeros; ``None`` if it stays dense.
         why_not: why it stays dense.
+        site: where the activation comes from that its output is multiplied with, if that is what it skips by.
+        link: hands that activation over.
     """
 
     name: str
     module: nn.Module
     product: Product | None
     why_not: str = ""
+    site: str = ""
+    link: Link | None = None
 
 
 def candidates(model: nn.Module, example_inputs: Any) -> list[Candidate]:
@@ -51,7 +57,12 @@ def candidates(model: nn.Module, example_inputs: Any) -> list[Candidate]:
         else:
             if product is not None:
                 found.append(Candidate(name, module, product))
-    with at_keep_ratio(model, _LOOK), _inputs_counted([each.module for each in found]) as counts:
+    linear = [each.module for each in found if isinstance(each.product, LinearProduct)]
+    with (
+        at_keep_ratio(model, _LOOK) as gate,
+        _inputs_counted([each.module for each in found]) as counts,
+        products_seen(gate, linear) as sites,
+    ):
         run(model, example_inputs)
     for each in found:
         units, other = counts.get(each.module, (0, 0))
@@ -59,6 +70,9 @@ def candidates(model: nn.Module, example_inputs: Any) -> list[Candidate]:
             continue
         if units == 0:
             each.why_not = "it did not run, or took no tensor"
+        elif other > _SPARSE * units and each.module in sites and cpu.KERNELS.get() is not None:
+            each.site, each.link = sites[each.module], Link()
+            each.product = RowsProduct(each.module, each.link)
         elif other > _SPARSE * units:
             each.why_not = f"its input is not gated: {100 * other / units:.0f} % of it is not zero at a budget of 5 %"
         if each.why_not:

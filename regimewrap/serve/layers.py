@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regimewrap.serve import stock
 from regimewrap.serve.cpu import dispatch as cpu
+from regimewrap.serve.partners import Link
 
 
 class CannotSkip(Exception):  # noqa: N818  it says why a layer stays dense; no user sees it
@@ -75,6 +76,14 @@ class Product:
         """Return how many rows, pixels or steps ``x`` has."""
         raise NotImplementedError
 
+    def units(self, x: Tensor) -> int:
+        """Return how many zeros could be skipped at most."""
+        return x.numel()
+
+    def needed(self, y: Tensor) -> Tensor:
+        """Return what matters of the dense layer's output."""
+        return y
+
 
 @final
 class LinearProduct(Product):
@@ -96,6 +105,40 @@ class LinearProduct(Product):
     def positions(self, x: Tensor) -> int:
         """See ``Product``."""
         return math.prod(x.shape[:-1])
+
+
+@final
+class RowsProduct(Product):
+    """``nn.Linear`` whose output is multiplied with a gated activation: it computes the rows that are not cut."""
+
+    most_positions = 32
+
+    def __init__(self, module: nn.Module, link: Link) -> None:
+        super().__init__(module, lambda w: w.contiguous())
+        self._link = link
+
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+        """See ``Product``; the rest of the output is zero."""
+        weight, active = self.laid.get(), self._link.take()
+        if weight is None or active is None or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+            return None, 0
+        if active.shape != (*x.shape[:-1], len(weight)) or active.dtype != x.dtype:
+            return None, 0
+        return cpu.some_rows(x, weight, self.module._parameters["bias"], active, most)
+
+    def positions(self, x: Tensor) -> int:
+        """See ``Product``."""
+        return math.prod(x.shape[:-1])
+
+    def units(self, x: Tensor) -> int:
+        """See ``Product``."""
+        weight: Any = self.module._parameters["weight"]
+        return self.positions(x) * len(weight)
+
+    def needed(self, y: Tensor) -> Tensor:
+        """See ``Product``."""
+        active = self._link.active
+        return y if active is None or active.shape != y.shape else y.masked_fill(active == 0, 0)
 
 
 @final

@@ -20,6 +20,7 @@ from regimewrap.serve.calibration import Calibration
 from regimewrap.serve.candidates import Candidate
 from regimewrap.serve.choice import Choice
 from regimewrap.serve.layers import Product
+from regimewrap.serve.partners import Links
 from regimewrap.serve.table import ServedLayer, served_table
 
 #: The attribute of a gate that says who serves its model.
@@ -43,7 +44,7 @@ class SparseForward:
         positions = self.product.positions(input)
         if not 0 < positions <= self.product.most_positions or input.numel() == 0:
             return self._dense(input)
-        choice = self.choice(served.gate, positions, input.numel())
+        choice = self.choice(served.gate, positions, self.product.units(input))
         return choice.call(lambda: self._dense(input), lambda most: self.product(input, most), served._kind)
 
     def choice(self, gate: TopKGate, positions: int, units: int) -> Choice:
@@ -58,7 +59,8 @@ class SparseForward:
 
     def difference(self, x: Tensor) -> float:
         """Return how far the sparse result is from the dense one, relative to the largest output."""
-        dense, (sparse, _) = self._dense(x), self.product(x, math.inf)
+        dense = self.product.needed(self._dense(x))
+        sparse, _ = self.product(x, math.inf)
         if sparse is None:
             return math.inf
         if sparse.shape != dense.shape or sparse.dtype != dense.dtype:
@@ -99,7 +101,7 @@ class Served:
         self.dense_ms = self.served_ms = self.measured_ratio = math.nan
         self._model, self._found, self._calibration = model, found, calibration
         self._kind: str | None = None
-        self._block = ExitStack()
+        self._block, self._links = ExitStack(), Links(gate)
         self._forwards: dict[str, SparseForward] = {}
         self._shown: dict[str, tuple[int, int]] = {}
         self._selection: dict[str, list[float]] = {}
@@ -140,6 +142,7 @@ class Served:
         for forward in self._forwards.values():
             if forward.product.module.__dict__.get("forward") is forward:
                 del forward.product.module.__dict__["forward"]
+        self._links.close()
         self._block.close()
         self.gate.__dict__.pop(SERVED_ATTRIBUTE)
         self._forwards = {}
@@ -167,6 +170,9 @@ class Served:
             if each.product is not None:
                 forward = SparseForward(each.name, each.product, self)
                 each.module.__dict__["forward"] = self._forwards[each.name] = forward
+            if each.link is not None:
+                parent = each.name.rpartition(".")[0]
+                self._links.add(each.site, each.link, self._model.get_submodule(parent))
 
     def _refuse_training(self, name: str, training: bool) -> NoReturn:
         if training:

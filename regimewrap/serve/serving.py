@@ -172,7 +172,7 @@ def _compared(served: Served) -> Iterator[None]:
 def _comparing(served: Served, each: Candidate, forward: SparseForward) -> Any:
     def compare(module: nn.Module, args: Any) -> None:  # noqa: ARG001  torch's signature
         x = args[0]
-        served._shown[each.name] = forward.product.positions(x), x.numel()
+        served._shown[each.name] = forward.product.positions(x), forward.product.units(x)
         if served._shown[each.name][0] > forward.product.most_positions or x.numel() == 0:
             return
         difference = forward.difference(x)

@@ -102,6 +102,38 @@ def convolve(
     return out.to(x.dtype), found
 
 
+def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, most: float) -> tuple[Tensor | None, int]:
+    """Return the output of a linear layer where another tensor is not zero, and zero elsewhere.
+
+    Args:
+        x: shape (..., inputs).
+        weight: shape (outputs, inputs), contiguous, dtype of ``x``.
+        bias: shape (outputs,), or ``None``.
+        active: shape (..., outputs).
+        most: elements of ``active`` other than zero above which the answer is ``None``.
+
+    Returns:
+        Shape (..., outputs), or ``None``; and how many elements of ``active`` were not zero.
+    """
+    kernels = KERNELS.get()
+    if kernels is None or x.dtype != torch.float32:
+        return None, 0
+    wanted = _flat(active.contiguous())
+    found = int(kernels.count(wanted))
+    if found > most:
+        return None, found
+    out = torch.zeros(active.shape, dtype=x.dtype)
+    places = torch.empty(found, dtype=torch.int64).numpy()
+    kernels.list_places(wanted, places)
+    arrays = _flat(x.contiguous()), _flat(weight), _flat(weight.new_zeros(0) if bias is None else bias.detach()), places
+    result, (outputs, inputs) = _flat(out), weight.shape
+
+    def run(begin: int, end: int) -> None:
+        kernels.some_rows(*arrays, result, begin, end, inputs, outputs)
+
+    return (out if share(run, found, found * inputs) else None), found
+
+
 def share(run: Any, items: int, elements: int) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
     threads = torch.get_num_threads()

@@ -45,6 +45,15 @@ def _compiled(function: Any) -> Any:
         return numba.njit(**options)(function)
 
 
+def _fast(function: Any) -> Any:
+    # Sums may be made in any order; NaN and infinities stay what they are.
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
+
+
 @_compiled
 def count(x: Any) -> Any:
     """Return how many elements of a flat array are not zero."""
@@ -245,3 +254,51 @@ def _write(
                         out[place + i * pixels + j] = sums[(pixel + j) * block + output + i]
             output += LANES
         pixel += LANES
+
+
+@_compiled
+def list_places(x: Any, places: Any) -> None:
+    """Write where a flat array is not zero."""
+    k, place = int64(0), int64(0)
+    while place + 64 <= x.size:
+        mask = nonzero_mask(x, place)
+        while mask != uint64(0):
+            places[k] = place + lowest(mask)
+            k += 1
+            mask &= mask - uint64(1)
+        place += 64
+    while place < x.size:
+        if x[place] != 0:
+            places[k] = place
+            k += 1
+        place += 1
+
+
+@_fast
+def some_rows(
+    x: Any, weight: Any, bias: Any, places: Any, out: Any, begin: int, end: int, inputs: Any, outputs: Any
+) -> None:
+    """Compute the elements of a linear layer's output that ``places[begin:end]`` name, and no others.
+
+    Args:
+        x: flat, from (rows, inputs).
+        weight: flat, from (outputs, inputs).
+        bias: flat, or empty.
+        places: places in ``out``.
+        out: flat, from (rows, outputs).
+        begin: the first that is computed.
+        end: one past the last.
+        inputs: length of a row of ``x``.
+        outputs: length of a row of ``out``.
+    """
+    for i in range(begin, end):
+        place = places[i]
+        row, unit = place // outputs, place % outputs
+        if i + 1 < end:  # the next row is somewhere else, where no processor expects it
+            following = places[i + 1] % outputs * inputs
+            for line in range(0, inputs, LANES):
+                prefetch(weight, following + line)
+        total, first, start = x.dtype.type(0), row * inputs, unit * inputs
+        for j in range(inputs):
+            total += x[first + j] * weight[start + j]
+        out[place] = total + bias[unit] if bias.size else total
