@@ -56,13 +56,7 @@ class Laid:
 
 
 class Product:
-    """A layer as a product with its laid out weight.
-
-    Attributes:
-        most_positions: rows, pixels or steps of a call above which sparse is not even tried.
-    """
-
-    most_positions: float = math.inf
+    """A layer as a product with its laid out weight."""
 
     def __init__(self, module: nn.Module, lay: Callable[[Tensor], Tensor]) -> None:
         self.module = module
@@ -73,7 +67,7 @@ class Product:
         raise NotImplementedError
 
     def positions(self, x: Tensor) -> int:
-        """Return how many rows, pixels or steps ``x`` has."""
+        """Return how many rows, pixels or steps ``x`` has; 0 where sparse is not even to be tried."""
         raise NotImplementedError
 
     def units(self, x: Tensor) -> int:
@@ -87,31 +81,49 @@ class Product:
 
 @final
 class LinearProduct(Product):
-    """``nn.Linear``, and the transposed one that some transformers are made of."""
+    """``nn.Linear``, and the transposed one that some transformers are made of.
 
-    most_positions = 32
+    float32 goes to the compiled kernels where these can be used, everything else to stock torch.
+    """
 
     def __init__(self, module: nn.Module, transposed: bool) -> None:
-        super().__init__(module, (lambda w: w.contiguous()) if transposed else (lambda w: w.t().contiguous()))
+        super().__init__(module, self._lay)
+        self._transposed = transposed
+
+    def _compiled(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32 and cpu.KERNELS.get() is not None
+
+    def _lay(self, weight: Tensor) -> Tensor:
+        weight_t = weight if self._transposed else weight.t()
+        return (
+            cpu.laid_convolution(weight_t.t()[:, :, None, None])
+            if self._compiled(weight.dtype)
+            else weight_t.contiguous()
+        )
 
     def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
         """See ``Product``."""
-        weight = self.laid.get()
-        if weight is None or x.dtype != weight.dtype or x.shape[-1] != len(weight):
+        laid = self.laid.get()
+        weight: Any = self.module._parameters["weight"]
+        outputs, inputs = weight.shape[::-1] if self._transposed else weight.shape
+        if laid is None or x.dtype != weight.dtype or x.shape[-1] != inputs:
             return None, x.numel()
-        y, found = stock.rows(x.reshape(-1, len(weight)), weight, self.module._parameters["bias"], most)
-        return (None if y is None else y.view(*x.shape[:-1], y.shape[-1])), found
+        rows, bias = x.reshape(-1, inputs), self.module._parameters["bias"]
+        if self._compiled(x.dtype):
+            y, found = cpu.linear(rows, laid, bias, outputs, most)
+        else:
+            y, found = stock.rows(rows, laid, bias, most)
+        return (None if y is None else y.reshape(*x.shape[:-1], outputs)), found
 
     def positions(self, x: Tensor) -> int:
-        """See ``Product``."""
-        return math.prod(x.shape[:-1])
+        """See ``Product``; in stock torch many rows are hopeless."""
+        rows = math.prod(x.shape[:-1])
+        return rows if rows <= 32 or self._compiled(x.dtype) else 0
 
 
 @final
 class RowsProduct(Product):
     """``nn.Linear`` whose output is multiplied with a gated activation: it computes the rows that are not cut."""
-
-    most_positions = 32
 
     def __init__(self, module: nn.Module, link: Link) -> None:
         super().__init__(module, lambda w: w.contiguous())
@@ -128,12 +140,13 @@ class RowsProduct(Product):
 
     def positions(self, x: Tensor) -> int:
         """See ``Product``."""
-        return math.prod(x.shape[:-1])
+        rows = math.prod(x.shape[:-1])
+        return rows if rows <= 32 else 0  # each has rows of the weight of its own
 
     def units(self, x: Tensor) -> int:
         """See ``Product``."""
         weight: Any = self.module._parameters["weight"]
-        return self.positions(x) * len(weight)
+        return math.prod(x.shape[:-1]) * len(weight)
 
     def needed(self, y: Tensor) -> Tensor:
         """See ``Product``."""

@@ -21,6 +21,7 @@ from regimewrap.serve.candidates import Candidate, candidates
 from regimewrap.serve.choice import ROUNDS
 from regimewrap.serve.served import SERVED_ATTRIBUTE, Served, SparseForward
 from regimewrap.sites.probe import as_call, untouched
+from regimewrap.topk.cpu import dispatch as selecting
 
 #: Seconds after which no further round is begun, once there are enough to choose.
 _LONG = 10.0
@@ -64,6 +65,7 @@ def serve(
     _check(model, gate, example_inputs)
     if calibration is not None:
         calibration.apply(model, ratio).remove()  # refuses another model or ratio
+    selecting.KERNELS.get()  # small activations alone would not load them
     found = candidates(model, example_inputs)
     if not any(each.product is not None for each in found):
         raise ServeError(_nothing(model, found))
@@ -173,7 +175,7 @@ def _comparing(served: Served, each: Candidate, forward: SparseForward) -> Any:
     def compare(module: nn.Module, args: Any) -> None:  # noqa: ARG001  torch's signature
         x = args[0]
         served._shown[each.name] = forward.product.positions(x), forward.product.units(x)
-        if served._shown[each.name][0] > forward.product.most_positions or x.numel() == 0:
+        if served._shown[each.name][0] == 0 or x.numel() == 0:
             return
         difference = forward.difference(x)
         if not difference <= _TOLERANCE.get(x.dtype, 0.03):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from regimewrap.serve import reference, stock
+from regimewrap.serve.cpu import dispatch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -72,3 +73,65 @@ def test_more_than_asked_for_is_not_computed():
     found = int(torch.count_nonzero(x))
     assert stock.rows(x, torch.randn(30, 8), None, found - 1) == (None, found)
     assert stock.rows(x, torch.randn(30, 8), None, found)[0] is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from([1, 3, 8, 33, 70]),
+    inputs=st.sampled_from([1, 5, 64, 130, 300]),
+    outputs=st.sampled_from([1, 10, 16, 48, 128, 200]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    biased=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_compiled_rows_add_up_what_the_reference_does(rows, inputs, outputs, density, biased, threads):
+    pytest.importorskip("numba")
+    x = input_with_zeros(rows, inputs, density, torch.float32, 0)
+    weight = torch.randn(outputs, inputs) / inputs**0.5
+    bias = torch.linspace(-1, 1, outputs) if biased else None
+    before, empty = torch.get_num_threads(), torch.empty
+    torch.set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+            y, found = dispatch.linear(x, dispatch.laid_convolution(weight[:, :, None, None]), bias, outputs, math.inf)
+    finally:
+        torch.set_num_threads(before)
+    assert found == int(torch.count_nonzero(x))
+    assert same(y, reference.rows(x, weight.t(), bias), 1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([1, 3, 33]),
+    inputs=st.sampled_from([1, 7, 64, 130]),
+    outputs=st.sampled_from([1, 10, 64, 200]),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    biased=st.booleans(),
+    threads=st.integers(1, 2),
+)
+def test_rows_that_are_not_asked_for_are_zero_and_the_others_right(rows, inputs, outputs, density, biased, threads):
+    pytest.importorskip("numba")
+    active = input_with_zeros(rows, outputs, density, torch.float32, 0)
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs) / inputs**0.5
+    bias = torch.linspace(-1, 1, outputs) if biased else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, found = dispatch.some_rows(x, weight, bias, active, math.inf)
+    finally:
+        torch.set_num_threads(before)
+    assert found == int(torch.count_nonzero(active))
+    assert same(y, torch.nn.functional.linear(x, weight, bias).masked_fill(active == 0, 0), 1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_is_not_finite_comes_through_the_kernels_too(value, rows):
+    pytest.importorskip("numba")
+    x, weight = input_with_zeros(rows, 70, 0.2, torch.float32, 1), torch.randn(20, 70)
+    x[0, 66] = value
+    y, _ = dispatch.linear(x, dispatch.laid_convolution(weight[:, :, None, None]), None, 20, math.inf)
+    assert same(y, x @ weight.t(), 1e-4)
+    y, _ = dispatch.some_rows(x, weight, None, torch.ones(rows, 20), math.inf)
+    assert same(y, x @ weight.t(), 1e-4)

@@ -17,6 +17,8 @@ from regimewrap.topk.loading import Kernels
 
 #: Elements of a result that keep a thread busy for longer than it takes to wake it.
 _GRAIN = 1 << 12
+#: Rows of a linear layer for which its weight is read once a row, and not kept in a cache for all.
+_FEW = 8
 
 
 def _import() -> ModuleType:
@@ -89,17 +91,47 @@ def convolve(
         for i, full in enumerate((height, width))
     ]
     out = torch.empty((images, outputs, *size), dtype=torch.float32, memory_format=format_)
-    filled = torch.zeros(-(-outputs // 16) * 16)
-    if bias is not None:
-        filled[:outputs] = bias
     settings = (
-        flat, _flat(laid), filled.numpy(), _flat(out),
+        flat, _flat(laid), _filled(bias, outputs), _flat(out),
         (height, width, channels, *size, outputs), window, planes, planes,
     )  # fmt: skip
     tiles = images * -(-size[0] * size[1] // kernels.TILE)
     if not share(lambda begin, end: kernels.convolve(*settings[:4], begin, end, *settings[4:]), tiles, out.numel()):
         return None, found
     return out.to(x.dtype), found
+
+
+def linear(x: Tensor, laid: Tensor, bias: Tensor | None, outputs: int, most: float) -> tuple[Tensor | None, int]:
+    """Return what a linear layer makes of rows with zeros in them.
+
+    Args:
+        x: shape (rows, inputs), float32.
+        laid: as ``laid_convolution`` returns it, of the weight as a window of one.
+        bias: shape (outputs,), or ``None``.
+        outputs: length of a row of the result.
+        most: inputs other than zero above which the answer is ``None``.
+
+    Returns:
+        Shape (rows, outputs), or ``None``; and how many inputs were not zero.
+    """
+    rows, inputs = x.shape
+    if rows > _FEW:
+        y, found = convolve(x.t()[None, :, None], laid, bias, outputs, (1, 1, 1, 1, 0, 0, 1, 1), most)
+        return (None if y is None else y[0, :, 0].t()), found
+    kernels = KERNELS.get()
+    if kernels is None:
+        return None, x.numel()
+    flat = _flat(x.contiguous())
+    found = int(kernels.count(flat))
+    if found > most:
+        return None, found
+    out = torch.empty(rows, outputs)
+    arrays = flat, _flat(laid), _filled(bias, outputs), _flat(out)
+
+    def run(begin: int, end: int) -> None:
+        kernels.linear(*arrays, begin, end, rows, inputs, outputs)
+
+    return (out if share(run, -(-outputs // kernels.OUTPUTS), found * outputs // 16) else None), found
 
 
 def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, most: float) -> tuple[Tensor | None, int]:
@@ -152,6 +184,13 @@ def share(run: Any, items: int, elements: int) -> bool:
             other.result()
 
     return KERNELS.survive(work)
+
+
+def _filled(bias: Tensor | None, outputs: int) -> Any:
+    filled = torch.zeros(-(-outputs // 16) * 16)
+    if bias is not None:
+        filled[:outputs] = bias
+    return filled.numpy()
 
 
 def _flat(x: Tensor) -> Any:

@@ -13,7 +13,12 @@ import numba
 import numpy as np
 
 from regimewrap.serve.cpu.vectors import (
+    AHEAD,
     LANES,
+    add_far_rows_1,
+    add_far_rows_2,
+    add_far_rows_4,
+    add_far_rows_8,
     add_rows_1,
     add_rows_2,
     add_rows_4,
@@ -124,6 +129,20 @@ def _add(
         add_rows_2(lists, n, units, values, weight, origin, out, place)
     else:
         add_rows_1(lists, n, units, values, weight, origin, out, place)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _add_far(
+    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
+) -> None:
+    if width == 128:
+        add_far_rows_8(lists, n, units, values, weight, origin, out, place)
+    elif width == 64:
+        add_far_rows_4(lists, n, units, values, weight, origin, out, place)
+    elif width == 32:
+        add_far_rows_2(lists, n, units, values, weight, origin, out, place)
+    else:
+        add_far_rows_1(lists, n, units, values, weight, origin, out, place)
 
 
 @_compiled
@@ -254,6 +273,42 @@ def _write(
                         out[place + i * pixels + j] = sums[(pixel + j) * block + output + i]
             output += LANES
         pixel += LANES
+
+
+@_compiled
+def linear(
+    x: Any, weight: Any, bias: Any, out: Any, begin: int, end: int, rows: int, inputs: Any, outputs: Any
+) -> None:
+    """Compute some outputs of a linear layer for a few rows; the weight is far away, and little of it is read.
+
+    Args:
+        x: flat, from (rows, inputs).
+        weight: as for ``convolve``, with one tap.
+        bias: filled up to a multiple of 16.
+        out: flat, from (rows, outputs).
+        begin: the first block of 128 outputs that is computed.
+        end: one past the last.
+        rows: how many there are.
+        inputs: length of a row of ``x``.
+        outputs: length of a row of ``out``.
+    """
+    units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
+    lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
+    for row in range(rows):
+        _list_pixels(x, row * inputs, 1, inputs, units, values, lengths)
+        units[lengths[0] : lengths[0] + AHEAD] = 0
+        lists[0, 1] = lengths[0]
+        column, stop = begin * OUTPUTS, min(end * OUTPUTS, bias.size)
+        while column < stop:
+            block = int64(OUTPUTS)
+            while block > bias.size - column:
+                block //= 2
+            for i in range(block):
+                sums[i] = bias[column + i]
+            _add_far(block, lists, 1, units, values, weight, inputs * column, sums, 0)
+            for i in range(min(block, outputs - column)):
+                out[row * outputs + column + i] = sums[i]
+            column += block
 
 
 @_compiled

@@ -14,6 +14,8 @@ from numba import extending, types
 from numba.core import cgutils
 
 LANES = 16
+#: Rows that are fetched before they are used.
+AHEAD = 8
 tools: Any = cgutils
 
 _int32, _int64, _float = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -45,13 +47,20 @@ def _store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, _vector.as_pointer())).align = 4
 
 
+def _fetch(builder: Any, pointer: Any) -> None:
+    byte = ir.IntType(8).as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [byte, _int32, _int32, _int32])
+    fetch = tools.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+    builder.call(fetch, [builder.bitcast(pointer, byte), _int32(0), _int32(3), _int32(1)])
+
+
 def _everywhere(builder: Any, value: Any) -> Any:
     undefined = ir.Constant(_vector, ir.Undefined)
     first = builder.insert_element(undefined, value, _int32(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_int32, LANES), [0] * LANES))
 
 
-def _adder(vectors: int) -> Any:
+def _adder(vectors: int, ahead: int = 0) -> Any:
     @intrinsic
     def add_rows(
         context: Any, lists: Any, n: Any, units: Any, values: Any, table: Any, origin: Any, out: Any, place: Any
@@ -59,7 +68,8 @@ def _adder(vectors: int) -> Any:
         """Add ``values[i] * row[units[i]]`` to ``out[place:]``, with sums in registers.
 
         ``lists`` has a row for each of the first ``n`` lists: where it starts, how long it is, and where in ``table``,
-        beyond ``origin``, the rows lie that it counts; these are 16 times ``vectors`` long.
+        beyond ``origin``, the rows lie that it counts; these are 16 times ``vectors`` long. Rows ``ahead`` are
+        fetched meanwhile; ``units`` must go on for as many.
         """
         signature = types.void(lists, n, units, values, table, origin, out, place)
 
@@ -80,6 +90,11 @@ def _adder(vectors: int) -> Any:
                     unit_now = builder.zext(builder.load(_at(builder, unit_of, inner.index)), _int64)
                     factor = _everywhere(builder, builder.load(_at(builder, value_of, inner.index)))
                     weight = _at(builder, weights_of, builder.mul(unit_now, _int64(LANES * vectors)))
+                    if ahead:
+                        later = builder.load(_at(builder, unit_of, builder.add(inner.index, _int64(ahead))))
+                        place = builder.mul(builder.zext(later, _int64), _int64(LANES * vectors))
+                        for i in range(vectors):
+                            _fetch(builder, _at(builder, weights_of, place, LANES * i))
                     for i, each in enumerate(sums):
                         product = builder.fmul(factor, _load(builder, _at(builder, weight, LANES * i)), ("contract",))
                         builder.store(builder.fadd(product, builder.load(each), ("contract",)), each)
@@ -93,6 +108,8 @@ def _adder(vectors: int) -> Any:
 
 
 add_rows_1, add_rows_2, add_rows_4, add_rows_8 = (_adder(vectors) for vectors in (1, 2, 4, 8))
+#: For rows that are far away, each of which is used once.
+add_far_rows_1, add_far_rows_2, add_far_rows_4, add_far_rows_8 = (_adder(vectors, AHEAD) for vectors in (1, 2, 4, 8))
 
 
 @intrinsic
@@ -101,11 +118,7 @@ def prefetch(context: Any, x: Any, place: Any) -> Any:
     signature = types.void(x, place)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _at(builder, _data(context, builder, signature.args[0], args[0]), args[1])
-        byte = ir.IntType(8).as_pointer()
-        function = ir.FunctionType(ir.VoidType(), [byte, _int32, _int32, _int32])
-        fetch = tools.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-        builder.call(fetch, [builder.bitcast(pointer, byte), _int32(0), _int32(3), _int32(1)])
+        _fetch(builder, _at(builder, _data(context, builder, signature.args[0], args[0]), args[1]))
         return context.get_dummy_value()
 
     return signature, generate
