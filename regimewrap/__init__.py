@@ -4,6 +4,7 @@
 the training loop, ``sweep`` shows what the network can do at each budget, and ``unwrap`` leaves nothing behind.
 """
 
+import regimewrap._command  # noqa: F401 - before torch, whose import takes seconds
 from regimewrap._version import __version__
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.cycle.state import Regime
@@ -15,6 +16,8 @@ from regimewrap.measure.verify import verify
 from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
 from regimewrap.rewrite.insert import insert_gates
 from regimewrap.serve.calibration import Calibration, calibrate
+from regimewrap.serve.served import Served
+from regimewrap.serve.serving import serve
 from regimewrap.wrap import plan, unwrap, wrap
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "RegimeCycler",
     "RegimePolicy",
     "RegimewrapError",
+    "Served",
     "SitePolicy",
     "Sweep",
     "TopKGate",
@@ -35,6 +39,7 @@ __all__ = [
     "insert_gates",
     "plan",
     "recalibrate_batchnorm",
+    "serve",
     "sweep",
     "unwrap",
     "verify",

@@ -147,6 +147,9 @@ def unwrap(model: M) -> M:
             "To leave a part of a model alone, wrap it with sites.exclude."
         )
     notice = of_another_budget(root, [1.0])
+    served: Any = gate.__dict__.get("served")
+    if served is not None:  # regimewrap.serve changed the model after wrap did, so its changes go first
+        served.close()
     rewriting.undo(root)
     gate.released = True
     _forget_compiled(model)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Updates after which a gate that has not cut anything is reported, where no length of the run is known.
 PATIENCE = 1000
+# A ratio that begins at 1 needs a few updates to come down, also in a run that only tries things out.
+_FIRST_LOOK = 20
 #: Updates in a row that train the model past its gate before ``step`` refuses.
 DOUBTS = 8
 
@@ -91,7 +93,7 @@ class Alarms:
 
     def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
         """Return what to say, once, if no gate has cut anything in a tenth of the run."""
-        deadline = policy.warmup + (PATIENCE if total_steps is None else max(1, total_steps // 10))
+        deadline = policy.warmup + (PATIENCE if total_steps is None else max(_FIRST_LOOK, total_steps // 10))
         if updates != deadline or self._has_cut or isinstance(policy.strategy, Dense) or not gate.sites:
             return None
         if self._below and not self._passed:  # a loop that only counts
