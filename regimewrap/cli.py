@@ -28,6 +28,7 @@ from regimewrap.recipes.live import CountBar, RunsBar, describe, say, stdout_con
 from regimewrap.recipes.models import load_model
 from regimewrap.recipes.outputs import claimed_folder, save_weights
 from regimewrap.recipes.records import device_text, versions
+from regimewrap.recipes.study.commands import app as study_app
 from regimewrap.recipes.training import TrainSettings, build_model, train_run
 from regimewrap.recipes.wide_resnet import parse_arch
 from regimewrap.recipes.workers import default_workers, train_jobs
@@ -52,6 +53,7 @@ _FEWEST_STEPS = 800
 app = typer.Typer(add_completion=False, help="Train one PyTorch network across many activation budgets.")
 policy_app = typer.Typer(help="Show and check policies.")
 app.add_typer(policy_app, name="policy")
+app.add_typer(study_app, name="study")
 
 _POLICY_HELP = f"A preset ({', '.join(PRESETS)}), rescaled to the run, or a policy file."
 
