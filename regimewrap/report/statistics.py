@@ -30,9 +30,10 @@ _LEVEL = 0.95
 _RESAMPLES = 9999
 
 TIE_RULE = (
-    "Arms are paired by seed. An arm is above or below another only where the 95 % bootstrap interval (BCa) of the mean "
-    f"difference and a sign-flip permutation test, its p corrected by Holm over the arms, agree, over {FEWEST_SEEDS} "
-    "seeds or more. Arms tie where the interval lies within ±0.2 points. Else the seeds do not tell them apart."
+    "Arms are paired by seed. An arm is above or below another only where the 95 % bootstrap interval (BCa) of the "
+    "mean difference and a sign-flip permutation test, its p corrected by Holm over the arms, agree, over "
+    f"{FEWEST_SEEDS} seeds or more. Arms tie where the interval lies within ±0.2 points. Else the seeds do not tell them "
+    "apart."
 )
 
 
@@ -57,7 +58,7 @@ class Difference:
     wins: float
 
     def verdict(self, equivalent: float = EQUIVALENT) -> Verdict:
-        """Return the word that interval and test allow, where ``equivalent`` bounds what is as good as no difference."""
+        """Return the word that interval and test allow; ``equivalent`` bounds what is as good as no difference."""
         if self.seeds < FEWEST_SEEDS:
             return "open"
         if -equivalent <= self.low and self.high <= equivalent:

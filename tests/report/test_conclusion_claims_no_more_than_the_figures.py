@@ -24,8 +24,8 @@ def test_a_clear_difference_over_eight_seeds_is_told_with_its_size(make_experime
         "accuracy-relax": [{"1.0": 0.9001 + d / 1000} for d in range(8)],
     }
     assert conclusion(make_experiment(figures)) == (
-        "Over 8 seeds: at full budget, loss-reset 80.4 % is 10.0 points below dense and accuracy-relax 90.4 % ties with "
-        "dense (90.3 %)."
+        "Over 8 seeds: at full budget, loss-reset 80.4 % is 10.0 points below dense and accuracy-relax 90.4 % ties "
+        "with dense (90.3 %)."
     )
 
 

@@ -9,7 +9,9 @@
     outcomes  what a trained network does at each budget
     cells     one cell = one file: names, locks, what is there
     runner    which cells are missing, and who makes them
+    ranks     several processes on one network
     figures   cells to paired comparisons
     page      figures to a report
+    verify    a few cells made again
     commands  the command line
 """

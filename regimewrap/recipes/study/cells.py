@@ -28,7 +28,9 @@ from regimewrap.recipes.study.outcomes import make
 from regimewrap.recipes.study.spec import FIRST_TRIAL_SEED, Characters, Study, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    Maker = Callable[["Cell", Path | None], dict[str, Any]]
 
 try:
     import fcntl
@@ -80,8 +82,9 @@ def trial_cells(study: Study, task: str, arm: str) -> list[list[Cell]]:
     if study.trials.count == 1:
         return []
     settings, home, trials = study.tasks[task], ARMS[arm].home, []
-    budgets = (1.0,) if home == 1.0 else (1.0, home)
-    budgets = study.budgets if ARMS[arm].nets != "one" else budgets
+    budgets: tuple[float, ...] = tuple(dict.fromkeys((1.0, home)))
+    if ARMS[arm].nets != "one":
+        budgets = study.budgets
     for number in range(study.trials.count):
         lr, knob = trial(ARMS[arm], settings.training.lr, number)
         shared = _shared(study, task, arm, lr, knob)
@@ -121,7 +124,7 @@ def merit(task: Task, figures: dict[str, Any], budget: str) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def make_file(cell: Cell, folder: str, data: str | None = None) -> str:
+def make_file(cell: Cell, folder: str, data: str | None = None, maker: Maker = make) -> str:
     """Make one cell and write its file, unless it is there; what a worker process runs.
 
     Returns:
@@ -141,7 +144,7 @@ def make_file(cell: Cell, folder: str, data: str | None = None) -> str:
         torch.set_num_threads(1)  # figures depend on it
         began = time.perf_counter()
         try:
-            figures = make(cell, None if data is None else Path(data))
+            figures = maker(cell, None if data is None else Path(data))
         except (DataError, MissingExtraError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever went wrong is written down, and the other cells go on
@@ -233,12 +236,13 @@ def folder_study(folder: Path) -> Study:
 
 
 def _grown(there: Study, study: Study, folder: Path) -> Study:
-    old = {"name": there.name, "budgets": list(there.budgets)}
-    new = {"name": study.name, "budgets": list(study.budgets)}
-    shared = there.tasks.keys() & study.tasks.keys()
-    old["tasks"] = {name: there.tasks[name].model_dump(mode="json") for name in sorted(shared)}
-    new["tasks"] = {name: study.tasks[name].model_dump(mode="json") for name in sorted(shared)}
-    if found := "; ".join(differences(old, new)).replace(" in the state", " in the folder"):
+    shared = sorted(there.tasks.keys() & study.tasks.keys())
+
+    def fixed(each: Study) -> dict[str, Any]:
+        tasks = {name: each.tasks[name].model_dump(mode="json") for name in shared}
+        return {"name": each.name, "budgets": list(each.budgets), "tasks": tasks}
+
+    if found := "; ".join(differences(fixed(there), fixed(study))).replace(" in the state", " in the folder"):
         raise DataError(f"{folder} belongs to another study: {found}. Choose another folder with --out.")
     arms = tuple(dict.fromkeys([*study.arms, *there.arms]))
     return study.replace(arms=arms, tasks={**there.tasks, **study.tasks}, seeds=max(there.seeds, study.seeds))

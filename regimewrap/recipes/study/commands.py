@@ -31,16 +31,23 @@ def run(
     """Make the cells of a study that are missing. Ctrl-C loses the cells in the making, no others."""
     # Imported here, so that the other commands need not wait.
     from regimewrap.recipes.study.cells import open_folder
+    from regimewrap.recipes.study.ranks import Together, follow, join, rank_of_torchrun
     from regimewrap.recipes.study.runner import Processes, executor_for, run_study
     from regimewrap.recipes.study.spec import load_study, pick
 
     asked = load_study(spec)
     wanted_arms, wanted_tasks = pick(asked.arms, arms, "arm"), pick(asked.tasks, tasks, "task")
     folder = Path(asked.name) if out is None else out
+    rank = rank_of_torchrun()
+    if rank is not None:
+        join()
+        if rank > 0:
+            follow()
+            return 0
     study = open_folder(asked, folder)
     if asked.cost:
-        typer.echo(f"Cost: {asked.cost}")
-    executor = executor_for(on, workers, folder)
+        typer.echo(f"Cost: {' '.join(asked.cost.split())}")
+    executor = executor_for(on, workers, folder) if rank is None else Together()
     try:
         progress = run_study(
             study,
@@ -56,7 +63,7 @@ def run(
         typer.echo("Interrupted. Cells that were finished are kept; run again to go on.", err=True)
         return _INTERRUPTED
     finally:
-        if isinstance(executor, Processes):
+        if isinstance(executor, Processes | Together):
             executor.stop()
     if progress.elsewhere:
         typer.echo(f"{progress.elsewhere} cells are being made by another run; run again when that has ended.")
@@ -65,6 +72,34 @@ def run(
         return 2
     typer.echo(f"{progress.done} cells made; see regimewrap study report {folder}")
     return 0
+
+
+@app.command("report")
+def report(
+    folder: Annotated[Path, typer.Argument(help="A study's folder.")],
+) -> None:
+    """Compare the arms over the finished cells; write report.md and pictures into the folder."""
+    from regimewrap.recipes.study.page import write_study_report
+
+    typer.echo(write_study_report(folder), nl=False)
+
+
+@app.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A study's folder.")],
+    cells: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of the cells.")] = 0,
+    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
+) -> int:
+    """Make a few cells again and say whether they reproduce. Changes nothing."""
+    from regimewrap.recipes.study.verify import verify_cells
+
+    wrong = 0
+    for check in verify_cells(folder, cells, seed, data):
+        wrong += not check.alike
+        word = "reproduces" if check.alike else "DIFFERS"
+        typer.echo(f"{check.file}: {word}: {check.text}")
+    return 2 if wrong else 0
 
 
 def _say(cell: Cell, said: str, progress: Progress) -> None:

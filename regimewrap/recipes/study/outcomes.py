@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,7 @@ def make(cell: Cell, folder: Path | None = None, rank: int = 0, ranks: int = 1) 
     """
     arm, task = ARMS[cell.arm], cell.task
     data = load(task, cell.seed, cell.part, folder)
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     setup = Setup(arm, task, cell.lr, cell.knob, cell.seed, cell.cycle, rank, ranks)
 
     def fresh(width: float = 1.0) -> nn.Module:
@@ -75,7 +76,7 @@ def _one_net_each(
     for budget in cell.budgets:
         narrow = setup.arm.nets == "narrow"
         share, measure = (budget, multiply_adds) if narrow else (budget / memory, parameters)
-        width = fitting_width(fresh, share, lambda net, measure=measure: measure(net, data))
+        width = fitting_width(fresh, share, partial(measure, data=data))
         model = fresh(width).to(device)
         trained = train(model, data, setup)
         judged = _judged(model, data, cell.task, (1.0,), corrupt=False)
@@ -131,7 +132,7 @@ def _corrupted(model: nn.Module, data: Data) -> dict[str, dict[str, float]]:
         judge = _recalibrated(model, data, budget)
         with at_keep_ratio(judge, budget):
             for kind, x in kinds.items():
-                logits = torch.cat([judge(part.to(_device(judge))).cpu() for part in x.split(_BATCH)])
+                logits = torch.cat([judge(part.to(_device(judge))).cpu() for part in torch.split(x, _BATCH)])
                 out.setdefault(kind, {})[f"{budget:g}"] = float((logits.argmax(-1) == y).float().mean())
     return out
 
@@ -159,7 +160,7 @@ def _recalibrated(model: nn.Module, data: Data, budget: float) -> nn.Module:
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
     judge = copy.deepcopy(model)
-    batches = [data.ready(part) for part in data.x[:_CALIBRATION].split(128)]
+    batches = [data.ready(part) for part in torch.split(data.x[:_CALIBRATION], 128)]
     recalibrate_batchnorm(judge, batches, budget)
     return judge
 
@@ -173,7 +174,7 @@ def _logits(model: nn.Module, data: Data, inputs: Tensor) -> Tensor:
 
 
 def _batches(model: nn.Module, data: Data, inputs: Tensor) -> Iterator[Tensor]:
-    for part in inputs.split(_BATCH):
+    for part in torch.split(inputs, _BATCH):
         yield data.ready(part).to(_device(model))
 
 

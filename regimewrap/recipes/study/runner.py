@@ -138,13 +138,11 @@ def _make(
     on_cell: Callable[[Cell, str, Progress], None],
 ) -> None:
     todo = [cell for cell in cells if cell.file not in there][: progress.total - progress.done]
-    waiting = [(executor.submit(make_file, cell, str(folder), data), cell) for cell in todo]
+    waiting = {cell.file: (executor.submit(make_file, cell, str(folder), data), cell) for cell in todo}
     while waiting:
-        ended = [pair for pair in waiting if pair[0].done()]
-        waiting = [pair for pair in waiting if not pair[0].done() or pair in ended]
-        for pair in ended:
-            waiting.remove(pair)
-            future, cell = pair
+        ended = [name for name, (future, _) in waiting.items() if future.done()]
+        for name in ended:
+            future, cell = waiting.pop(name)
             said = _answer(future, cell, str(folder))
             progress.done += 1
             progress.elsewhere += said == "elsewhere"
@@ -241,7 +239,7 @@ def executor_for(where: str, workers: int, folder: Path) -> Submits:
             from distributed import Client
         except ImportError:
             raise MissingExtraError("distributed", "study") from None
-        executor: Submits = Client(rest).get_executor()
+        executor: Submits = Client(rest).get_executor()  # type: ignore[no-untyped-call]
         return executor
     raise DataError(
         f"--on must be local, slurm, slurm:partition=NAME,timeout_min=90 or dask:tcp://HOST:8786; got {where!r}."

@@ -63,7 +63,7 @@ class Data:
         size = min(batch_size, len(self.y))
         while True:
             order = torch.randperm(len(self.y), generator=generator)
-            yield from (part for part in order.split(size) if len(part) == size)
+            yield from (part for part in torch.split(order, size) if len(part) == size)
 
 
 def load(task: Mnist1d | Images | Characters, seed: int, part: Part, folder: Path | None = None) -> Data:
@@ -115,7 +115,8 @@ def _images(task: Images, seed: int, part: Part, folder: Path | None) -> Data:
     pool = torch.arange(len(y))
     if part == "validation":
         shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-        held, pool = shuffled.split([cut := int(_VALIDATION_SHARE * len(y)), len(y) - cut])
+        cut = int(_VALIDATION_SHARE * len(y))
+        held, pool = shuffled[:cut], shuffled[cut:]
         test_x, test_y = x[held], y[held]
     wanted = len(pool) if task.train_samples is None else task.train_samples
     if wanted > len(y):
@@ -141,7 +142,7 @@ def _decoded(source: str, side: int | None) -> tuple[Tensor, ...]:
             if pixels.shape[2] % side or pixels.shape[3] % side:
                 height, width = pixels.shape[2:]
                 raise DataError(f"side must divide the images' {width}×{height} pixels; got {side}.")
-            split = [F.adaptive_avg_pool2d(each.float(), side).round().byte() for each in pixels.split(1000)]
+            split = [F.adaptive_avg_pool2d(each.float(), side).round().byte() for each in torch.split(pixels, 1000)]
             pixels = torch.cat(split)
         parts += [pixels, images.labels]
     return tuple(parts)

@@ -101,9 +101,10 @@ def _loop(
     model: nn.Module, cycler: RegimeCycler, data: Data, setup: Setup, penalty: _Penalty | None, *, gated: bool
 ) -> Trained:
     arm, settings, device = setup.arm, setup.task.training, next(model.parameters()).device
-    own = arm.knob is not None and arm.knob.name == "weight_decay" and setup.knob is not None
-    # AdamW's decay is not divided by the size of the gradient, so what suits it is larger.
-    weight_decay = setup.knob * (100 if settings.optimizer == "adamw" else 1) if own else settings.weight_decay
+    weight_decay = settings.weight_decay
+    if arm.knob is not None and arm.knob.name == "weight_decay" and setup.knob is not None:
+        # AdamW's decay is not divided by the size of the gradient, so what suits it is larger.
+        weight_decay = setup.knob * (100 if settings.optimizer == "adamw" else 1)
     optimizer = _optimizer(model, settings.optimizer, setup.lr, weight_decay)
     net = DistributedDataParallel(model) if setup.ranks > 1 else model
     cast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
@@ -121,11 +122,11 @@ def _loop(
             logits = net(x)
             loss = _cross_entropy(logits, y, setup.knob if arm.loss == "smooth" else 0.0)
         if penalty is not None:
-            (loss + penalty.take()).backward()
+            (loss + penalty.take()).backward()  # type: ignore[no-untyped-call]
         elif arm.loss == "sandwich":
             _sandwich(net, model, x, logits, loss, step)
         else:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         accuracy = (logits.detach().argmax(-1) == y).float().mean()
