@@ -47,8 +47,7 @@ class RegimeScheduler:
         if cycle.strategy.needs_signal:
             raise PolicyError(
                 f"the strategy {cycle.strategy.kind!r} watches {cycle.monitor!r}, which a scheduler never sees. "
-                "Take one that needs no signal, such as the preset sawtooth, or give it the loss: with RegimeTask, "
-                "or with python -m regimewrap.integrations.timm.train."
+                "Take one that needs no signal, such as the preset sawtooth, or give it the loss, with RegimeTask."
             )
         self._model = model
         self._cycler = RegimeCycler(model)

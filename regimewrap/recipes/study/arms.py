@@ -65,18 +65,15 @@ class Arm:
 
 def _preset(name: str, full_share: float) -> Callable[[int], RegimePolicy]:
     def build(steps: int) -> RegimePolicy:
-        policy = RegimePolicy.preset(name, steps)
-        if full_share == 0.0 and "full_share" not in type(policy.cycle).model_fields:  # MERGE: goes with gate and cycle
-            return policy
-        return policy.replace(cycle={"full_share": full_share})
+        return RegimePolicy.preset(name, steps, full_share=full_share)
 
     return build
 
 
 def _fixed(keep_ratio: float) -> Callable[[int], RegimePolicy]:
     def build(steps: int) -> RegimePolicy:
-        policy = RegimePolicy.preset("dense", steps)
-        return policy.replace(cycle=policy.cycle.replace(strategy=Constant(keep_ratio=keep_ratio)))
+        cycle = RegimePolicy.preset("dense", steps).cycle
+        return RegimePolicy(cycle=cycle.replace(strategy=Constant(keep_ratio=keep_ratio), full_share=0.0))
 
     return build
 
@@ -108,7 +105,7 @@ ARMS: dict[str, Arm] = {
     "fixed-0.2": Arm("Keep ratio 0.2 throughout.", _fixed(0.2), home=0.2),
     "fixed-0.1": Arm("Keep ratio 0.1 throughout.", _fixed(0.1), home=0.1),
     "fixed-0.05": Arm("Keep ratio 0.05 throughout.", _fixed(0.05), home=0.05),
-    "sawtooth": Arm("The keep ratio from 1 to 0.1 in cycles, for the whole batch.", _preset("sawtooth", 0.0)),
+    "sawtooth": Arm("The keep ratio from 1 to 0.05 in cycles, for the whole batch.", _preset("sawtooth", 0.0)),
     "sawtooth-half": Arm("The same for half of the batch; the other half dense.", _preset("sawtooth", 0.5)),
     "random-sawtooth": Arm(
         "As sawtooth, but the units that survive are drawn, and scaled up as dropout does.",

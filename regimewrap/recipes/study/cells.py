@@ -13,6 +13,7 @@ import math
 import platform
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -144,7 +145,11 @@ def make_file(cell: Cell, folder: str, data: str | None = None, maker: Maker = m
         torch.set_num_threads(1)  # figures depend on it
         began = time.perf_counter()
         try:
-            figures = maker(cell, None if data is None else Path(data))
+            # Arms that are known to go wrong belong here, so their warnings are part of the record.
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("default")
+                figures = maker(cell, None if data is None else Path(data))
+            figures["warnings"] = sorted({" ".join(str(each.message).split()) for each in said})
         except (DataError, MissingExtraError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever went wrong is written down, and the other cells go on

@@ -174,7 +174,7 @@ class Processes(ThreadPoolExecutor):
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            self._context.set_forkserver_preload(["regimewrap.recipes.study.cells"])
+            self._context.set_forkserver_preload(["regimewrap.recipes.study.warm"])
         self._running: set[Any] = set()
         self._stopped = threading.Event()
 

@@ -7,7 +7,9 @@ no training set of a trial overlaps. What takes long to make or decode is kept i
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from regimewrap.errors import DataError, MissingExtraError
 from regimewrap.files import write_whole
-from regimewrap.recipes.data import load_data
+from regimewrap.recipes.data import NAMED, load_data
 from regimewrap.recipes.study.spec import Images, Mnist1d
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def _make_mnist1d() -> tuple[Tensor, Tensor]:
 
 
 def _images(task: Images, seed: int, part: Part, folder: Path | None) -> Data:
-    source = task.data if task.data in ("digits", "cifar10") else str((folder or Path()) / task.data)
+    source = task.data if task.data in NAMED else str((folder or Path()) / task.data)
     x, y, test_x, test_y = _cached(f"{_identity(source)}-{task.side}", lambda: _decoded(source, task.side))
     draw = torch.Generator().manual_seed(seed)
     pool = torch.arange(len(y))
@@ -134,18 +136,46 @@ def _images(task: Images, seed: int, part: Part, folder: Path | None) -> Data:
 
 
 def _decoded(source: str, side: int | None) -> tuple[Tensor, ...]:
-    data = load_data(source)
-    parts = []
-    for images in (data.train, data.test):
-        pixels = images.pixels
+    if source in NAMED:
+        data = load_data(source)
+        whole = [(data.train.pixels, data.train.labels), (data.test.pixels, data.test.labels)]
+    else:
+        whole = _read_tree(Path(source))
+    parts: list[Tensor] = []
+    for pixels, labels in whole:
         if side is not None:
             if pixels.shape[2] % side or pixels.shape[3] % side:
                 height, width = pixels.shape[2:]
                 raise DataError(f"side must divide the images' {width}×{height} pixels; got {side}.")
             split = [F.adaptive_avg_pool2d(each.float(), side).round().byte() for each in torch.split(pixels, 1000)]
             pixels = torch.cat(split)
-        parts += [pixels, images.labels]
+        parts += [pixels, labels]
     return tuple(parts)
+
+
+def _read_tree(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Decode ``train/<class>/…`` and ``test/<class>/…`` of a folder or a zip, RGB images of one size."""
+    from PIL import Image
+
+    if not path.exists():
+        raise DataError(f"data {path} doesn't exist; name its folder with --data.")
+    try:
+        root = zipfile.Path(path) if path.is_file() else path
+        names = sorted(each.name for each in (root / "train").iterdir())
+        parts = []
+        for split in ("train", "test"):
+            pixels, labels = [], []
+            for label, name in enumerate(names):
+                for file in sorted((root / split / name).iterdir(), key=lambda each: each.name):
+                    with Image.open(io.BytesIO(file.read_bytes())) as image:
+                        array = bytearray(image.convert("RGB").tobytes())
+                        pixels.append(torch.frombuffer(array, dtype=torch.uint8).view(image.height, image.width, 3))
+                    labels.append(label)
+            parts.append((torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)))
+    except (OSError, zipfile.BadZipFile, RuntimeError, KeyError) as error:  # RuntimeError: images of several sizes
+        what = f"expected a folder or zip with train/<class>/ and test/<class>/ of images of one size: {error}"
+        raise DataError(f"{path}: {what}.") from error
+    return parts
 
 
 def _characters(task: Characters, part: Part) -> Data:
