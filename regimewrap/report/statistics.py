@@ -32,8 +32,8 @@ _RESAMPLES = 9999
 TIE_RULE = (
     "Arms are paired by seed. An arm is above or below another only where the 95 % bootstrap interval (BCa) of the "
     "mean difference and a sign-flip permutation test, its p corrected by Holm over the arms, agree, over "
-    f"{FEWEST_SEEDS} seeds or more. Arms tie where the interval lies within ±0.2 points. Else the seeds do not tell them "
-    "apart."
+    f"{FEWEST_SEEDS} seeds or more. Arms tie where the interval lies within ±0.2 points. Else the seeds do not tell "
+    "them apart."
 )
 
 

@@ -12,7 +12,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,7 @@ def _read_tree(path: Path) -> list[tuple[Tensor, Tensor]]:
     if not path.exists():
         raise DataError(f"data {path} doesn't exist; name its folder with --data.")
     try:
-        root = zipfile.Path(path) if path.is_file() else path
+        root: Any = zipfile.Path(path) if path.is_file() else path  # alike in what is used here
         names = sorted(each.name for each in (root / "train").iterdir())
         parts = []
         for split in ("train", "test"):

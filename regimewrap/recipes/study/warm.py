@@ -16,11 +16,12 @@ from regimewrap.recipes.study import cells as cells
 
 with contextlib.suppress(ImportError):
     import sklearn.datasets
-    import sklearn.model_selection
+    import sklearn.model_selection  # noqa: F401 - loaded, not used
 
 torch.set_num_threads(1)
 with warnings.catch_warnings(), torch.no_grad():
     warnings.simplefilter("ignore")
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)  # loads torch's compiler
     _model = wrap(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), "mixed")
     with at_keep_ratio(_model, 0.5):
         _model(torch.ones(2, 4))
