@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, final
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 #: Seeds of trials start here, so that no final run has one of them.
 FIRST_TRIAL_SEED = 100_000
 
-Name = Annotated[str, Field(min_length=1, pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Name = Annotated[str, Field(min_length=1)]
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 @final
@@ -113,6 +115,9 @@ class Study(Settings):
     def _fits_together(self) -> Self:
         if self.budgets[0] != 1.0 or list(self.budgets) != sorted(set(self.budgets), reverse=True):
             raise ValueError(f"budgets must start with 1 and fall, such as 1, 0.5, 0.1; got {shown(self.budgets)}.")
+        for name in (self.name, *self.tasks):
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"names are of a-z, 0-9, hyphens and dots, for they name files; got {shown(name)}.")
         for name, task in self.tasks.items():
             if isinstance(task, Characters) and task.activation != "relu" and "l1" in self.arms:
                 raise ValueError(f"tasks.{name}: arm l1 needs activation relu, whose units are exactly zero or not.")
