@@ -28,6 +28,7 @@ from regimewrap.policy.policy import PRESETS, RegimePolicy, require_ratio
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.demo import DEMO_WORK, demo_experiment, demo_jobs
 from regimewrap.recipes.models import load_model
+from regimewrap.recipes.study.commands import app as study_app
 from regimewrap.recipes.workers import default_workers, train_jobs
 from regimewrap.report import conclusion, console_table, write_report
 from regimewrap.wrap import plan as make_plan
@@ -49,6 +50,7 @@ _RATIOS = "1,0.5,0.2,0.1"
 app = typer.Typer(add_completion=False, help="Train one PyTorch network across many activation budgets.")
 policy_app = typer.Typer(help="Show and check policies.")
 app.add_typer(policy_app, name="policy")
+app.add_typer(study_app, name="study")
 
 _POLICY_HELP = f"A preset ({', '.join(PRESETS)}), scaled to the run, or a policy file."
 
