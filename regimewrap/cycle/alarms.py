@@ -148,20 +148,21 @@ def still_driven(cycler: RegimeCycler, gates: list[TopKGate]) -> list[TopKGate]:
         WrapError: the model was unwrapped, or a newer cycler drives it.
     """
     for gate in gates:
+        if gate.driver is not None and gate.driver() is cycler:
+            continue
         other = other_driver(cycler, gate)
         if other is not None:
             raise WrapError(
                 f"this RegimeCycler no longer drives its model: a newer one, {other!r}, has taken over. Step that one, "
                 "and make one cycler a model."
             )
-        if gate.driver is None or gate.driver() is not cycler:
-            gate.driver = weakref.ref(cycler)
+        gate.driver = weakref.ref(cycler)
     if gates[0].released:
         raise WrapError(
             "this RegimeCycler drives nothing: its model was unwrapped. If it is wrapped again, make a new "
             "RegimeCycler(model); a saved state goes on in that with load_state_dict."
         )
-    return [gate for gate in gates if not gate.released] if any(gate.released for gate in gates) else gates
+    return gates if len(gates) == 1 else [gate for gate in gates if not gate.released]
 
 
 def _versions(gate: TopKGate) -> int:
