@@ -81,7 +81,8 @@ def sweep(
 
     if not recalibrate:
         return sweep_model(trained.model, accuracy, keep_ratios)
-    inputs, values = _some_inputs(trained), {}
+    inputs = _some_inputs(trained)
+    values: dict[float, float] = {}
     for ratio in keep_ratios:
         recalibrate_batchnorm(trained.model, inputs, ratio)
         values |= sweep_model(trained.model, accuracy, [ratio]).values
