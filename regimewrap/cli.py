@@ -199,6 +199,7 @@ def sweep_command(
     run: Annotated[Path, typer.Argument(help=_RUN_HELP)],
     data: Annotated[Path | None, typer.Argument(help="Folder of pictures; else the training's.")] = None,
     keep_ratios: Annotated[str, typer.Option(help=_RATIOS_HELP)] = "1,0.5,0.3,0.2,0.1,0.05",
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Re-estimate BatchNorm at each.")] = False,
     save: Annotated[Path | None, typer.Option(help="A .csv or .json file for the figures.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read pictures.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.")] = None,
@@ -207,7 +208,8 @@ def sweep_command(
     from regimewrap.train import saved, uses
 
     readers = default_workers() if workers is None else workers
-    swept = uses.sweep(saved.load(run, _device(device)), _ratios(keep_ratios), data, readers)
+    trained = saved.load(run, _device(device))
+    swept = uses.sweep(trained, _ratios(keep_ratios), data, workers=readers, recalibrate=recalibrate)
     typer.echo(swept)
     if save is not None:
         swept.save(save)
