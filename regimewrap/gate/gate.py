@@ -150,15 +150,17 @@ class TopKGate:
     @contextmanager
     def forcing(self, keep_ratio: float) -> Iterator[None]:
         """Let all rows run at a ratio; see ``at_keep_ratio``."""
-        with self._budget.forcing(keep_ratio):
+        try:
+            with self._budget.forcing(keep_ratio):
+                self._aim()
+                yield
+        finally:
             self._aim()
-            yield
-        self._aim()
 
     def sample_next(self) -> None:
         """From now on note, in train mode and outside of ``at_keep_ratio``, which calls of the gate cut anything.
 
-        The operators do, also in compiled code; it costs two passes over each activation until ``take_sample``.
+        Compiled code does too. It costs two passes over each activation until ``take_sample``.
         """
         sampling.begin(self.keep_ratio)
 

@@ -1,6 +1,6 @@
 """Bytes kept between forward and backward as multiples of the dense model's.
 
-    python tests/benchmarks/saved_bytes.py [--model wrn|functions|vit|bert] [--norm rms|batch] [--batch 4] [--full-share 0.5]
+    python tests/benchmarks/saved_bytes.py [--model wrn|functions|vit|bert] [--norm rms|batch] [--batch 4]
 
 Counts every storage that the graph of a forward pass holds, once each, without parameters: for the wrapped model as it
 is, and for the published way. ``functions`` is a network that calls its ReLUs as

@@ -1,6 +1,6 @@
 """A training step of a wrapped model as a multiple of the dense model's.
 
-    python tests/benchmarks/step_speed.py [--model wrn|vit|bert] [--batch 16] [--scope network] [--compile 1] [--full-share 0.5]
+    python tests/benchmarks/step_speed.py [--model wrn|vit|bert] [--batch 16] [--scope network] [--compile 1]
 
 ``wrn`` is a WRN-28-4 on 32 by 32 pixels, against the published way in the same place too; ``vit`` a ViT-tiny on 224 by
 224 pixels and ``bert`` a BERT of four layers on 128 tokens. Unless told otherwise, the scope is "sample" for the first
