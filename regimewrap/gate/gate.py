@@ -32,8 +32,6 @@ __all__ = [
     "GATE_ATTRIBUTE",
     "SITES_ATTRIBUTE",
     "GateSample",
-    "Observer",
-    "Recorder",
     "Site",
     "SiteGate",
     "TopKGate",
