@@ -64,7 +64,7 @@ def has_forward_gradients() -> bool:
 
 def functions_so_far() -> int:
     """Return how many functions autograd has recorded in this thread: the number of the next one."""
-    number: int = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    number: int = torch._C._autograd._get_sequence_nr()
     return number
 
 
@@ -77,7 +77,7 @@ def recomputing_function() -> int | None:
     node: Any = torch._C._current_autograd_node()
     if not isinstance(node, torch.autograd.function.FunctionCtx):
         return None
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook"):
         return None
     number: int = node._sequence_nr()  # type: ignore[attr-defined]

@@ -198,7 +198,7 @@ class Budget:
         return self.settled
 
     def __setstate__(self, settled: Setting) -> None:
-        self.__init__(settled)  # type: ignore[misc]
+        self.__init__(settled)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Budget:
         twin = memo[id(self)] = Budget(self.settled)
