@@ -31,6 +31,7 @@ from regimewrap.recipes.models import load_model
 from regimewrap.recipes.study.commands import app as study_app
 from regimewrap.recipes.workers import default_workers, train_jobs
 from regimewrap.report import conclusion, console_table, write_report
+from regimewrap.serve.bench import bench, with_memory
 from regimewrap.wrap import plan as make_plan
 
 if TYPE_CHECKING:
@@ -248,6 +249,26 @@ def plan(
     return 0
 
 
+@app.command("bench")
+def bench_command(
+    model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or PACKAGE.MODULE:CALLABLE.")],
+    keep_ratio: Annotated[float, typer.Option(help="The budget to serve at.")] = 0.1,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
+    size: Annotated[str, typer.Option("--input", help="Size of one input, without the batch.")] = "3,224,224",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; else torch's own number.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Forward passes of each, in turn.")] = 15,
+) -> int:
+    """Time a model on this machine: dense, by its rivals, and served at a budget. Weights are random."""
+    require_ratio("--keep-ratio", keep_ratio)
+    sizes, batches = _whole_numbers("--input", size), _whole_numbers("--batch", batch)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    built = with_memory(load_model(model))
+    for each in batches:
+        typer.echo(f"{bench(built, torch.randn(each, *sizes), keep_ratio, rounds=rounds)}\n")
+    return 0
+
+
 @policy_app.command("show")
 def policy_show(
     policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "mixed",
@@ -293,6 +314,13 @@ def _ratios(text: str) -> tuple[float, ...]:
         return tuple(require_ratio("--keep-ratios", float(part)) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"expected {_RATIOS} or the like; got {text}", param_hint="'--keep-ratios'") from None
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    words = text.replace("x", ",").split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{text!r} is not whole numbers with commas.", param_hint=f"'{option}'")
+    return [int(word) for word in words]
 
 
 def _device(name: str | None) -> torch.device:
