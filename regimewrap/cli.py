@@ -52,7 +52,7 @@ policy_app = typer.Typer(help="Show and check policies.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(study_app, name="study")
 
-_POLICY_HELP = f"A preset ({', '.join(PRESETS)}), rescaled to the run, or a policy file."
+_POLICY_HELP = f"A preset ({', '.join(PRESETS)}), scaled to the run, or a policy file."
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -154,14 +154,14 @@ def train(
 ) -> int:
     """Train a model on your pictures while its budget moves; leave one file that predicts at every budget."""
     from regimewrap.train.folder import Folder
-    from regimewrap.train.run import settings_from
+    from regimewrap.train.settings import settings_from
 
     settings = settings_from({**context.params, "keep_ratios": _ratios(keep_ratios)})
     folder = Folder(
         out,
         data,
         settings,
-        _policy_named(policy),
+        RegimePolicy.of(policy),
         seeds=range(seed, seed + seeds),
         compare=compare,
         device=_device(device),
@@ -233,7 +233,7 @@ def plan(
     policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
 ) -> int:
     """Show which activations of a model would be gated, and why. Changes nothing."""
-    chosen = _policy_named(policy)
+    chosen = RegimePolicy.of(policy)
     planned = make_plan(load_model(model), chosen)
     if not planned.rows:
         raise NoSitesError(f"{model} has no activation that is known; there is nothing to gate.")
@@ -252,7 +252,7 @@ def policy_show(
     steps: Annotated[int | None, typer.Option(min=1, help="Rescale a preset to a run of so many updates.")] = None,
 ) -> None:
     """Print a policy as YAML, ready for a file."""
-    typer.echo(_policy_named(policy, steps).to_yaml(), nl=False)
+    typer.echo(RegimePolicy.of(policy, steps).to_yaml(), nl=False)
 
 
 @policy_app.command("validate")
@@ -266,11 +266,6 @@ def policy_validate(file: Annotated[Path, typer.Argument(help="A policy file, .y
 def policy_schema() -> None:
     """Print the JSON schema of policy files."""
     typer.echo(json.dumps(RegimePolicy.json_schema(), indent=2))
-
-
-def _policy_named(name: str, total_steps: int | None = None) -> RegimePolicy:
-    """Return a preset, rescaled, or the policy in a file as it is."""
-    return RegimePolicy.of(name, total_steps)
 
 
 def _require_plotting() -> None:

@@ -51,19 +51,42 @@ def version_of(tensor: Tensor) -> int:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Say whether ``vmap`` maps over a dimension of this tensor that its shape does not show."""
-    return torch._C._functorch.is_batchedtensor(tensor)
-
-
-def is_forward_gradient_enabled() -> bool:
-    """Say whether forward-mode derivatives are computed."""
-    return torch._C._is_fwd_grad_enabled()
+    """Say whether ``vmap``, old or new, maps over a dimension of this tensor that its shape does not show."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def has_saved_tensor_hooks() -> bool:
     """Say whether something packs what autograd saves, as activation checkpointing does."""
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
+
+
+def has_forward_gradients() -> bool:
+    """Say whether derivatives may be computed in forward mode: inside ``forward_ad.dual_level()``."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def functions_so_far() -> int:
+    """Return how many functions autograd has recorded in this thread: the number of the next one."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def recomputing_function() -> int | None:
+    """Return the number of the Python function whose backward is running in this thread; ``None`` if none is.
+
+    ``None`` also while saved tensors are recomputed one by one, as the checkpoints that are not reentrant do: any
+    function of the forward pass can be the first to ask for them.
+    """
+    node: Any = torch._C._current_autograd_node()
+    if not isinstance(node, torch.autograd.function.FunctionCtx):
+        return None
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook"):
+        return None
+    number: int = node._sequence_nr()  # type: ignore[attr-defined]
+    return number
 
 
 def is_compiled_module(model: object) -> bool:

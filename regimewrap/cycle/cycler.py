@@ -99,6 +99,11 @@ class RegimeCycler:
         return self._state.keep_ratio
 
     @property
+    def regime(self) -> Regime:
+        """What is in force for the next forward pass; its ``event`` is ``None``."""
+        return self._between
+
+    @property
     def history(self) -> list[Decision]:
         """The last 256 decisions, oldest first, in a new list; a strategy that moves at each update makes none."""
         return list(self._history)

@@ -122,6 +122,8 @@ def next_move(policy: CyclePolicy, state: State, said: float | None, decision: i
     if said is None and strategy.needs_signal:  # nothing to go by
         return Move(state.keep_ratio, "hold")
     best, fall = (state.best, 0.0) if said is None else signal.best_and_fall(state, said, policy)
+    if policy.guarded and state.keep_ratio == 1.0:
+        fall = 0.0  # there is nothing to give back, and the gate is not what it comes from
     move = strategy.next_move(
         Situation(
             keep_ratio=state.keep_ratio,

@@ -117,7 +117,8 @@ class CyclePolicy(Settings):
     ``guarded`` keeps a rule that watches a signal from sinking to its floor and staying there. A value reached under
     the gate, while the net still learns, is a best that the signal never falls behind. So in a guarded cycle the signal
     is only compared with the best at a like budget, which is one octave of the keep ratio: (1/2, 1], (1/4, 1/2], ...
-    The loss of the whole batch will do for that: its dense rows add nearly the same to both. And a cycle that has
+    The loss of the whole batch will do for that: its dense rows add nearly the same to both. At the full budget a fall
+    counts for nothing. And a cycle that has
     reached its floor, or has had a twelfth of the run (if it is scaled to a run), ends in a reset whatever the signal
     says. Strategies without a signal are not changed by it.
 

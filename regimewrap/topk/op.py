@@ -7,24 +7,30 @@ and the kernels); this file gives it a schema, a fake kernel and a derivative, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regimewrap import torch_private
-from regimewrap.errors import SelectionError
-from regimewrap.topk import plain
+from regimewrap.errors import BudgetError, SelectionError
+from regimewrap.topk import plain, sampling
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.gpu import dispatch as gpu
-from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio
+from regimewrap.topk.register import is_recorded, operator
+from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio, full_rows
+
+#: As an operator: who watches torch's functions, as ``verify`` does, is not to see the one inside a gate.
+_relu = torch.ops.aten.relu
 
 
 def topk_gate(
     x: Tensor,
     keep_ratio: Tensor,
     *,
+    dense_rows: Tensor | None = None,
     scope: str = "sample",
     channel_dim: int = 1,
     score: str = "magnitude",
@@ -39,6 +45,10 @@ def topk_gate(
         x: float16, bfloat16, float32 or float64; any shape, device and memory format.
         keep_ratio: 0-d float64 tensor on the CPU, above 0. From 1 on the result is ``x``, bit for bit, and so is the
             gradient.
+        dense_rows: float64 tensor of shape (2,) on the CPU: a share in [0, 1), and the number of updates before this
+            one. That share of the entries of the first dimension keeps all units, and these compete with no others:
+            the leading entries in even updates, the trailing ones in odd ones; see ``selection.full_rows``. Their
+            values and gradients are those of ``x``, bit for bit. ``None``: no entries.
         scope: what competes: the units of one "sample" (entry of the first dimension; without a second dimension each
             has one unit, which is kept), the channels of one "position", or the whole "batch".
         channel_dim: the dimension that competes in scope "position".
@@ -59,12 +69,13 @@ def topk_gate(
     check_selection(x, selection, multiplier)
     check_gradient(gradient)
     check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
         return x
     # torch.jit.trace checks its trace without gradients, and wants the same graph again.
     differentiable = torch.is_grad_enabled() or torch_private.is_jit_tracing()
     saved = "mask" if gradient == "masked" and differentiable else "nothing"
-    y: Tensor = _select(x, keep_ratio, *selection, multiplier, saved)[0]
+    y: Tensor = _select(x, keep_ratio, dense_rows, *selection, multiplier, saved)[0]
     return y
 
 
@@ -72,6 +83,7 @@ def relu_gate(
     x: Tensor,
     keep_ratio: Tensor,
     *,
+    dense_rows: Tensor | None = None,
     scope: str = "sample",
     channel_dim: int = 1,
     relative_to: str = "all",
@@ -91,12 +103,14 @@ def relu_gate(
     check_selection(x, selection, multiplier)
     check_gradient(gradient)
     check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
         return torch.relu(x)
     if gradient == "straight_through":
         return topk_gate(
             torch.relu(x),
             keep_ratio,
+            dense_rows=dense_rows,
             scope=scope,
             channel_dim=channel_dim,
             relative_to=relative_to,
@@ -104,7 +118,8 @@ def relu_gate(
             gradient=gradient,
             multiplier=multiplier,
         )
-    y: Tensor = _select(x, keep_ratio, scope, channel_dim, "positive", relative_to, ties, multiplier, "output")[0]
+    positive = selection._replace(score="positive")
+    y: Tensor = _select(x, keep_ratio, dense_rows, *positive, multiplier, "output")[0]
     return y
 
 
@@ -126,24 +141,37 @@ def check_keep_ratio(keep_ratio: Tensor) -> None:
         )
 
 
+def check_dense_rows(dense_rows: Tensor | None) -> None:
+    """Refuse what does not say which rows are dense.
+
+    Raises:
+        SelectionError: neither ``None`` nor a float64 tensor of shape (2,) on the CPU.
+    """
+    if dense_rows is None:
+        return
+    if not isinstance(dense_rows, Tensor):
+        raise SelectionError(
+            f"dense_rows must be a float64 tensor of shape (2,) on the CPU; got {dense_rows!r}. "
+            "Pass torch.tensor((full_share, update), dtype=torch.float64)."
+        )
+    if dense_rows.dtype != torch.float64 or dense_rows.device.type != "cpu" or dense_rows.shape != (2,):
+        raise SelectionError(
+            "dense_rows must be a float64 tensor of shape (2,) on the CPU; got shape "
+            f"{tuple(dense_rows.shape)}, {dense_rows.dtype} on {dense_rows.device}."
+        )
+
+
 def _gives_full_budget(keep_ratio: Tensor) -> bool:
     """Whether the operator may be skipped now; a graph that outlives this call must not remember that."""
-    if _is_recorded() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
+    if is_recorded() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
         return False
     return not torch_private.is_batched(keep_ratio) and keep_ratio.item() >= 1.0
-
-
-def _is_recorded() -> bool:
-    """Whether somebody makes a graph of what we call."""
-    if torch.compiler.is_compiling() or torch_private.is_jit_tracing():
-        return True
-    # make_fx and fake tensors sit on this stack; there is no public way to ask.
-    return torch_private.has_dispatch_modes()
 
 
 def _gate(
     x: Tensor,
     keep_ratio: Tensor,
+    dense_rows: Tensor | None,
     scope: str,
     channel_dim: int,
     score: str,
@@ -161,18 +189,36 @@ def _gate(
     y, bits = torch.empty_like(x), _empty_bits(x, saved)
     ratio = effective_ratio(keep_ratio.item(), multiplier)
     selection = Selection(scope, channel_dim, score, relative_to, ties)
-    if ratio == 1.0 or x.numel() == 0:
-        return torch.relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
+    full = _full(x, dense_rows, selection)
+    if ratio == 1.0 or x.numel() == 0 or full is None:
+        return _relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
     kernels = cpu if x.is_cpu else gpu if x.is_cuda else None
-    if kernels is not None and kernels.gate(x, y, bits, ratio, selection):
-        return y, bits
-    if score == "positive":
-        x, selection = torch.relu(x), selection._replace(score="value")
-    mask = torch.empty_like(y, dtype=torch.bool).copy_(plain.kept(x, ratio, selection))
+    if kernels is None or not kernels.gate(x, y, bits, ratio, selection, full):
+        ranked = _relu(x) if score == "positive" else x
+        after_relu = selection._replace(score="value") if score == "positive" else selection
+        _write(ranked, y, bits, plain.kept(ranked, ratio, after_relu, full))
+    if sampling.ON:
+        sampling.note(x, y, keep_ratio, dense_rows, score)
+    return y, bits
+
+
+def _full(x: Tensor, dense_rows: Tensor | None, selection: Selection) -> tuple[int, int] | None:
+    """Return which entries of dimension 0 are kept in full; ``None`` if that is the whole tensor."""
+    if dense_rows is None:
+        return 0, 0
+    share, update = dense_rows.tolist()
+    if share == 0.0:
+        return 0, 0
+    start, stop = full_rows(x.shape, selection, share, int(update))
+    return None if stop - start == (x.shape[0] if x.dim() else 1) else (start, stop)
+
+
+def _write(x: Tensor, y: Tensor, bits: Tensor, kept: Tensor) -> None:
+    """Write the units of ``x`` that are kept to ``y``, and which these are to ``bits`` unless that is empty."""
+    mask = torch.empty_like(y, dtype=torch.bool).copy_(kept)
     torch.where(mask, x, x.new_zeros(()), out=y)
     if bits.numel():
         bits.copy_(plain.pack_bits(_in_memory_order(mask)))
-    return y, bits
 
 
 def _fake_gate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -187,20 +233,58 @@ def _save_for_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, bits = output
     ctx.saved, ctx.stride = inputs[-1], y.stride()
     kept = {"output": (y,), "mask": (bits,), "nothing": ()}[ctx.saved]
-    ctx.save_for_backward(*kept)
     ctx.save_for_forward(*kept)
+    ctx.budget = _budget(y, *inputs[1:3])
+    if ctx.budget is not None:
+        with torch_private.no_dispatch_modes():  # selective checkpointing counts operations
+            kept = (*kept, torch.tensor(ctx.budget))
+    ctx.save_for_backward(*kept)
+
+
+def _budget(y: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None) -> list[int] | None:
+    """Return what was kept as whole numbers, if something other than autograd keeps the tensors that are saved.
+
+    Activation checkpointing does: it makes them anew for the backward pass, in a forward pass of its own, which must
+    be at the same budget. What this returns is remembered by autograd and, as a tensor, saved with the others: if they
+    differ in the backward pass, the budget did. The bits of the ratio, as hooks may round what is saved.
+    """
+    if not torch_private.has_saved_tensor_hooks() or type(keep_ratio) is not Tensor:
+        return None
+    if torch.compiler.is_compiling() or torch_private.has_functorch_transforms():
+        return None
+    full = _full(y, dense_rows, Selection()) or (0, -1)
+    return [struct.unpack("<q", struct.pack("<d", keep_ratio.item()))[0], *full]
+
+
+def _check_budget(then: list[int], saved: Tensor) -> None:
+    if saved.dtype == torch.int64 and saved.tolist() != then:
+        raise BudgetError(*map(_words, (then, saved.tolist())))
+
+
+def _words(budget: list[int]) -> str:
+    bits, start, stop = budget
+    ratio = struct.unpack("<d", struct.pack("<q", bits))[0]
+    rows = "no" if stop == start else f"{stop - start} of its" if stop > start else "all"
+    return f"keep ratio {ratio:g} with {rows} rows dense"
 
 
 def _gate_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: what is recomputed can be had only once
+    if ctx.budget is not None and saved:  # not in forward mode
+        _check_budget(ctx.budget, saved[-1])
     if ctx.saved == "output":
-        grad = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
+        grad = torch.ops.aten.threshold_backward(grad, saved[0], 0)
     elif ctx.saved == "mask":
-        grad = _mask(grad, ctx.saved_tensors[0], ctx.stride)
-    return (grad, *[None] * 8)
+        grad = _mask(grad, saved[0], ctx.stride)
+    return (grad, *[None] * 9)
 
 
 def _masked(grad: Tensor, bits: Tensor, stride: Sequence[int]) -> Tensor:
     """Return ``grad`` where a bit is set and zero elsewhere; ``stride`` is that of the tensor the bits came from."""
+    if torch_private.is_batched(grad):  # autograd.grad(is_grads_batched=True), which operators know nothing of
+        mask = torch.empty_strided(grad.shape, stride, dtype=torch.bool, device=grad.device)
+        _in_memory_order(mask).copy_(plain.unpack_bits(bits, grad.numel()))
+        return torch.where(mask, grad, 0.0)
     masked = grad.new_empty_strided(grad.shape, stride)
     if grad.stride() != masked.stride() or grad.is_neg():
         grad = torch.empty_like(masked).copy_(grad)
@@ -234,68 +318,5 @@ def _in_memory_order(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def _operator(
-    name: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    save: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Register an operator with its derivatives and its rule for vmap; return the shortest way to call it."""
-    operator: Any = torch.library.custom_op(f"regimewrap::{name}", run, mutates_args=())
-    operator.register_fake(fake)
-    operator.register_autograd(backward, setup_context=save)
-
-    def one_by_one(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        """Map over a new dimension; its entries never compete with each other."""
-        results = []
-        for entry in range(max(info.batch_size, 1)):
-            picked = list(arguments)
-            for i, dim in enumerate(in_dims):
-                if isinstance(dim, int) and info.batch_size:
-                    # Contiguous, so that bits are in the order of the stacked result's memory.
-                    picked[i] = arguments[i].select(dim, entry).contiguous()
-                elif isinstance(dim, int):
-                    # Of no entries the result still has a shape: that of any one.
-                    shape = list(arguments[i].shape)
-                    del shape[dim]
-                    picked[i] = arguments[i].new_ones(shape)
-            results.append(call(*picked))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results)[: info.batch_size], 0
-        return tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True)), (0, 0)
-
-    operator.register_vmap(one_by_one)
-
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        output = run(*arguments)
-        save(ctx, arguments, output)
-        return output
-
-    def forward_derivative(ctx: Any, tangent: Tensor, *_: Any) -> Any:
-        # What maps gradients back maps tangents forth: both are the same diagonal matrix.
-        tangent = backward(ctx, tangent, None)[0]
-        return tangent if run is _masked else (tangent, None)
-
-    def function(**members: Callable[..., Any]) -> Any:
-        members |= {"backward": backward, "vmap": one_by_one}
-        return type(name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items()})
-
-    eager = function(forward=forward)
-    # For torch.func, whose transforms the derivative of a library operator refuses (torch 2.14).
-    functional = function(forward=run, setup_context=save, jvp=forward_derivative)
-
-    def call(*arguments: Any) -> Any:
-        x = arguments[0]
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_recorded():
-            return operator(*arguments)
-        if torch_private.has_functorch_transforms():
-            return functional.apply(*arguments)
-        # Of 57 µs for a small tensor the library's way to the kernel takes 25; this way takes 1.
-        return eager.apply(*arguments)
-
-    return call
-
-
-_select = _operator("topk_gate", _gate, _fake_gate, _save_for_gate, _gate_backward)
-_mask = _operator("masked_gradient", _masked, _fake_masked, _save_bits, _mask_backward)
+_select = operator("topk_gate", _gate, _fake_gate, _save_for_gate, _gate_backward)
+_mask = operator("masked_gradient", _masked, _fake_masked, _save_bits, _mask_backward, outputs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,23 +92,28 @@ def export_onnx(trained: Trained, path: Path, keep_ratio: float = 1.0, data: Pat
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "onnx") from None
     model, size = trained.model, trained.look["input_size"]
-    if keep_ratio != 1.0:
-        samples = _samples(trained, data, training=True)
-        samples = samples[:: max(1, len(samples) // _TO_CALIBRATE)][:_TO_CALIBRATE]
-        calibration = calibrate(model, [x for x, _ in _feed(trained, samples)], keep_ratios=(keep_ratio,))
-        calibration.apply(model, keep_ratio)
     x = torch.zeros(2, *size, device=next(model.parameters()).device)
-    try:
-        program = torch.onnx.export(
-            model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
-        )
-    except Exception as error:  # the exporter raises many kinds
-        raise RegimewrapError(f"torch cannot export {trained.about['model']} to ONNX: {error!r:.300}") from error
+    dynamic = ({0: torch.export.Dim("batch")},)
+    with _fixed(trained, keep_ratio, data):
+        try:
+            program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        except Exception as error:  # the exporter raises many kinds
+            raise RegimewrapError(f"torch cannot export {trained.about['model']} to ONNX: {error!r:.300}") from error
     assert program is not None  # noqa: S101 - it is for exports to files
     made = program.model_proto
     facts = {"classes": "\n".join(trained.classes), "keep_ratio": f"{keep_ratio:g}"}
     onnx.helper.set_model_props(made, {**facts, **{name: str(value) for name, value in trained.look.items()}})
     write_whole(path, made.SerializeToString())
+
+
+def _fixed(trained: Trained, keep_ratio: float, data: Path | None) -> AbstractContextManager[object]:
+    """Return a context in which fixed thresholds stand in for the selection."""
+    if keep_ratio == 1.0:
+        return nullcontext()
+    samples = _samples(trained, data, training=True)
+    samples = samples[:: max(1, len(samples) // _TO_CALIBRATE)][:_TO_CALIBRATE]
+    calibration = calibrate(trained.model, [x for x, _ in _feed(trained, samples)], keep_ratios=(keep_ratio,))
+    return calibration.apply(trained.model, keep_ratio)
 
 
 def _samples(trained: Trained, data: Path | None, *, training: bool) -> list[Sample]:
