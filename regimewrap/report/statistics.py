@@ -162,5 +162,5 @@ def _scipy() -> tuple[Any, Any]:
         import numpy
         from scipy import stats
     except ImportError:
-        raise MissingExtraError("scipy", "study") from None
+        raise MissingExtraError("scipy", "cli") from None
     return stats, numpy

@@ -142,8 +142,8 @@ def make_file(cell: Cell, folder: str, data: str | None = None, maker: Maker = m
             return "there"
         if not mine:
             return "elsewhere"
+        began, threads = time.perf_counter(), torch.get_num_threads()
         torch.set_num_threads(1)  # figures depend on it
-        began = time.perf_counter()
         try:
             # Arms that are known to go wrong belong here, so their warnings are part of the record.
             with warnings.catch_warnings(record=True) as said:
@@ -154,6 +154,8 @@ def make_file(cell: Cell, folder: str, data: str | None = None, maker: Maker = m
             raise
         except Exception as error:  # noqa: BLE001 - whatever went wrong is written down, and the other cells go on
             return keep_failure(cell, folder, error)
+        finally:
+            torch.set_num_threads(threads)
         write_cell(cell, path, figures, time.perf_counter() - began)
         with contextlib.suppress(OSError):
             (Path(folder) / "failed" / cell.file).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+_FEW_SEEDS = 0.01  # the standard deviation that is taken where fewer than two other seeds are there
 _SPREADS = 3  # standard deviations over seeds within which another machine's figure is another draw of the same
 
 
@@ -67,6 +68,6 @@ def _compared(name: str, there: dict[str, Any], here: dict[str, Any], records: d
 def _spread(like: dict[str, Any], records: dict[str, dict[str, Any]], budget: str) -> float:
     """Return the standard deviation over the seeds of cells that differ from ``like`` in their seed alone."""
     key = {**like["cell"], "seed": None}
-    same = [each for each in records.values() if {**each["cell"], "seed": None} == key]
+    same = [each for each in records.values() if each is not like and {**each["cell"], "seed": None} == key]
     values = [each["figures"]["accuracy"][budget] for each in same]
-    return stdev(values) if len(values) > 1 else 0.01
+    return stdev(values) if len(values) > 1 else _FEW_SEEDS
