@@ -222,4 +222,4 @@ class _Judge:
 
 def _is_made(activation: Activation) -> bool:
     """Say whether an activation that ran is a module that the tree of modules does not have."""
-    return activation.label[:1].isupper() and activation.name != activation.module
+    return activation.call is None and activation.label[:1].isupper() and activation.name != activation.module

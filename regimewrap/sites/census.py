@@ -108,7 +108,7 @@ class Census(TorchFunctionMode):
         """Watch what runs in this thread."""
         handles = [
             register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
             with self:
@@ -121,7 +121,7 @@ class Census(TorchFunctionMode):
         if threading.get_ident() == self._thread:
             self.stack.append(module)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread:
             return
         if self.stack and self.stack[-1] is module:
@@ -129,7 +129,7 @@ class Census(TorchFunctionMode):
         path = self._paths.get(id(module))
         if path is not None:
             self.called.add(path)
-            self.shapes.record(path, (args, kwargs), output)
+            self.shapes.record(path, args, output)
         output = self._before_gate(module, output)
         kind = catalog.kind_of_module(module)
         if kind is None or output is None:  # it raised

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from regimewrap.gate.gate import Site
 from regimewrap.policy.policy import RegimePolicy
@@ -18,6 +19,7 @@ from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.flow.operators import KEEPS, PRODUCTS, SUMS, name_of
 from regimewrap.sites.flow.purpose import Purpose
 from regimewrap.sites.probe import as_call, own, untouched
+from regimewrap.sites.read.code import stored
 
 UNTOLD = "nothing tells which of its dimensions holds the channels; set gate.channel_dim"
 
@@ -68,6 +70,7 @@ def survey(model: nn.Module, policy: RegimePolicy, example_inputs: Any = None) -
         args, kwargs = as_call(example_inputs)
         with untouched(probe), torch.no_grad(), torch.compiler.set_stance("force_eager"), census.watching():
             bare = probe(*args, **kwargs)
+        census.shapes.record("", (args, kwargs), bare)
         purpose = Purpose(flow, census.shapes)
         found += _unseen(census, found)
     named = [each.name for each in found]
@@ -157,5 +160,6 @@ def _sequence_first(purpose: Purpose, activation: Activation) -> bool:
 
 
 def _is_masked_linear(module: nn.Module) -> bool:
-    mask, weight = module._buffers.get("mask"), module._parameters.get("weight")
-    return mask is not None and weight is not None and mask.shape == weight.shape and weight.dim() == 2
+    mask, weight = stored(module, "mask"), stored(module, "weight")
+    both = isinstance(mask, torch.Tensor) and isinstance(weight, torch.Tensor) and not is_lazy(weight)
+    return both and mask.shape == weight.shape and weight.dim() == 2

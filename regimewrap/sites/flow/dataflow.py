@@ -210,10 +210,9 @@ def _nodes(argument: Any) -> list[fx.Node]:
 def _finds(module: nn.Module, path: str, name: str, value: Any, paths: dict[int, str]) -> bool:
     """Say whether a module has, at a dotted name below it, an attribute that reads like a value."""
     for part in path.split(".") if path else ():
-        found = module._modules.get(part)
-        if found is None:
+        if part not in module._modules or module._modules[part] is None:
             return False
-        module = found
+        module = module._modules[part]  # type: ignore[assignment]
     now = tuple(module._modules) if name == "_modules" else stored(module, name)
     return _alike(now, value, paths)
 

@@ -221,10 +221,20 @@ class Tracer:
                 return _Super(cell, args[1] if len(args) > 1 else next(iter(env.values()), UNKNOWN))
             if type(base) in (*_CONTAINERS, str) and isinstance(node.func, ast.Attribute):
                 return self._of_container(base, node.func.attr, args, kwargs)
-            self.trace.callees.setdefault(self._frames[-1], []).append(callee)
+            if type(base) is not _Super and callee is not UNKNOWN:
+                callee = self._whole(callee)
+            if not (isinstance(callee, type) and issubclass(callee, nn.Module)):  # that makes one, and calls none
+                called = callee.cls if type(callee) is _Made else callee
+                self.trace.callees.setdefault(self._frames[-1], []).append(called)
             return self._apply(callee, args, kwargs)
         finally:
             self._frames = before
+
+    def _whole(self, callee: Any) -> Any:
+        """Return the module for ``module.forward``, which does what calling it does, hooks apart."""
+        if type(callee) is types.MethodType and callee.__name__ == "forward" and id(callee.__self__) in self._paths:
+            return callee if callee.__self__ is self._module else callee.__self__
+        return callee
 
     def _apply(self, callee: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         kind = type(callee)
