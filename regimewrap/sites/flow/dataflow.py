@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from regimewrap.sites import catalog
 from regimewrap.sites.flow.operators import is_one, name_of, pools, reads_shape
-from regimewrap.sites.flow.trace import Frame, Trace, Tracer, either, unknown
+from regimewrap.sites.flow.trace import Tracer
+from regimewrap.sites.flow.writing import Frame, Trace, either, unknown
 from regimewrap.sites.read.code import body_of, stored
 
 #: Where a value comes from, each covering those before it: from parameters and buffers alone; from features averaged

@@ -29,7 +29,7 @@ from regimewrap.sites.flow.operators import (
     reads_shape,
     totals,
 )
-from regimewrap.sites.flow.trace import Frame
+from regimewrap.sites.flow.writing import Frame
 from regimewrap.sites.probe import Shapes
 
 # Class names of blocks that compute a gate, in lower case, for code that cannot be followed.
