@@ -211,6 +211,8 @@ def fused_activation(module: nn.Module) -> str | None:
 def kind_of_callee(value: Any) -> str | None:
     """Return the family of what calling an object gives: an activation module, a class of ones, or a function."""
     kind = type(value)
+    if kind is types.BuiltinMethodType and isinstance(value.__self__, type) and value.__name__ == "apply":
+        value, kind = value.__self__, type
     if issubclass(kind, nn.Module):
         return kind_of_module(value)
     if issubclass(kind, type):

@@ -17,6 +17,7 @@ from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.read.calls import Call, find_calls, find_dropped, in_place_target
 from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
 from regimewrap.sites.read.helpers import Helper, calls_itself, find_helpers
+from regimewrap.sites.read.named import function_of, kind_of_short
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
     seen: dict[types.CodeType, dict[Span, Sequence[Any]]] = defaultdict(dict)
     for (code, span), callees in trace.callees.items() if trace is not None else ():
         seen[code][span] = callees
-    listed: set[tuple[types.CodeType | None, Span]] = set()
+    listed: dict[tuple[types.CodeType | None, Span], None] = {}
     for owner, name, function in own_methods(module):
         place, method = f"{prefix}{name}", Method(path, owner, name)
         if getattr(type(module), name, None) is not function:
@@ -183,8 +184,13 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
         followed = {span for each in found for helper in each.through[:1] for span in helper.spans}
         for each in found:
             if each.through or each.call is None or each.call.span not in followed:
-                listed.add((each.code, each.call.span if each.call is not None else NOWHERE))
+                listed[each.code, each.call.span if each.call is not None else NOWHERE] = None
                 yield each
+    # What a function does that is gated as a whole, where it is called, is reached.
+    for code, span in listed:
+        for callee in seen[code].get(span, ()) if code is not None else ():
+            function = function_of(callee) if kind_of_short(callee) is not None else None
+            seen.pop(function.__code__ if function is not None else None, None)
     yield from _elsewhere(path, prefix, seen, listed, registered)
 
 
@@ -226,7 +232,7 @@ def _elsewhere(
     path: str,
     prefix: str,
     seen: Mapping[types.CodeType, Mapping[Span, Sequence[Any]]],
-    listed: Set[tuple[types.CodeType | None, Span]],
+    listed: Mapping[tuple[types.CodeType | None, Span], None],
     registered: Set[int],
 ) -> Iterator[Activation]:
     """Find what the forward pass calls and none of the mechanisms reaches: in other objects' code, or scripted."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from regimewrap.errors import WrapError
 from regimewrap.torch_private import tree_leaves
@@ -52,10 +52,12 @@ def own(model: nn.Module) -> nn.Module:
     Raises:
         WrapError: it has lazy layers and cannot be copied.
     """
-    if not any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+    lazy = [each for each in model.buffers() if isinstance(each, UninitializedBuffer)]
+    if not lazy and not any(map(is_lazy, model.parameters())):
         return model
     try:
-        return copy.deepcopy(model)
+        # torch copies lazy parameters, and not lazy buffers.
+        return copy.deepcopy(model, {id(each): UninitializedBuffer(device=each.device) for each in lazy})
     except Exception as error:
         raise WrapError(
             f"{type(model).__name__} has lazy layers and cannot be copied ({error}); call it once, then wrap it."

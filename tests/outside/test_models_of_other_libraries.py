@@ -76,10 +76,9 @@ MODELS: dict[str, tuple[str, Callable[[Any], tuple[nn.Module, tuple[Any, ...]]]]
                       attention_head_dim=4), (image(8), 3))),
     "diffusers_kl": ("diffusers", lambda m: (
         m.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2), (image(8),))),
-    "kornia_vit": ("kornia.contrib", lambda m: (
-        m.VisionTransformer(image_size=32, patch_size=16, depth=1, num_heads=2, embed_dim=16), (image(),))),
+    "kornia_hardnet": ("kornia.feature", lambda m: (m.HardNet(), (torch.randn(2, 1, 32, 32),))),
     **{f"cv_{name}": ("pytorchcv.model_provider", lambda m, name=name: (
-        m.get_model(name, pretrained=False, num_classes=3), (image(224 if name == "squeezenet_v1_0" else 64),)))
+        m.get_model(name, pretrained=False, num_classes=3), (image(224, batch=1),)))
        for name in CV},
     **{f"smp_{name}": ("segmentation_models_pytorch", lambda m, name=name: (
         getattr(m, name)("resnet18", encoder_weights=None, classes=2), (image(64),))) for name in SEGMENTERS},

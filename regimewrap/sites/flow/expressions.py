@@ -32,6 +32,10 @@ from regimewrap.sites.flow.writing import (
 from regimewrap.sites.read.code import UNKNOWN, attribute_of, span_of, stored
 
 
+#: Containers with more entries than this are not read.
+_MOST = 512
+
+
 class Expressions(Writer):
     """Reads expressions; calls are for ``Tracer`` to follow."""
 
@@ -48,10 +52,10 @@ class Expressions(Writer):
         function = env.function
         if name in function.__code__.co_freevars:
             try:
-                return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+                return own(function.__closure__[function.__code__.co_freevars.index(name)].cell_contents)
             except (ValueError, TypeError):
                 return UNKNOWN
-        return function.__globals__.get(name, getattr(builtins, name, UNKNOWN))
+        return own(function.__globals__.get(name, getattr(builtins, name, UNKNOWN)))
 
     def _attribute(self, base: Any, name: str) -> Any:
         if base is UNKNOWN or base is None:
@@ -67,7 +71,7 @@ class Expressions(Writer):
             value = attribute_of(base, name)
             if value is UNKNOWN:
                 return self._property(base, name)
-            return _own(value)
+            return own(value)
         path = self._paths.get(id(base))
         value = stored(base, name)
         if path is not None:
@@ -78,10 +82,10 @@ class Expressions(Writer):
             return UNKNOWN  # read in both modes
         if value is UNKNOWN:
             value = attribute_of(base, name)
-            return self._property(base, name) if value is UNKNOWN else value
+            return self._property(base, name) if value is UNKNOWN else own(value)
         if isinstance(value, torch.Tensor):
             return self._node("get_attr", f"{path}.{name}" if path else name) if path is not None else UNKNOWN
-        return _own(value)
+        return own(value)
 
     def _property(self, base: Any, name: str) -> Any:
         found = next((vars(home)[name] for home in type(base).__mro__ if name in vars(home)), UNKNOWN)
@@ -272,9 +276,15 @@ class Expressions(Writer):
     _of_GeneratorExp = _of_SetComp = _of_DictComp = _of_ListComp
 
 
-def _own(value: Any) -> Any:
-    """Return a copy of a container of the user's, so that reading code that fills it changes nothing."""
-    return type(value)(value) if type(value) in (list, dict, set) else value
+def own(value: Any, depth: int = 3) -> Any:
+    """Return a copy of a container of the user's, so that reading code that fills it changes nothing of theirs."""
+    if type(value) not in CONTAINERS:
+        return value
+    if not depth or len(value) > _MOST:
+        return UNKNOWN
+    if type(value) is dict:
+        return {key: own(each, depth - 1) for key, each in value.items()}
+    return type(value)(own(each, depth - 1) for each in value) if type(value) is not set else set(value)
 
 
 def _made_by(container: dict[Any, Any], key: Any) -> Any:

@@ -15,9 +15,9 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from regimewrap.sites.flow.expressions import own
 from regimewrap.sites.flow.statements import Statements
 from regimewrap.sites.flow.writing import (
     CONTAINERS,
@@ -151,6 +151,8 @@ class Tracer(Statements):
         """Return the module for ``module.forward``, which does what calling it does, hooks apart."""
         if type(callee) is types.MethodType and callee.__name__ == "forward" and id(callee.__self__) in self._paths:
             return callee if callee.__self__ is self._module else callee.__self__
+        if type(callee) is types.BuiltinMethodType and callee.__name__ == "apply" and isinstance(callee.__self__, type):
+            return callee.__self__  # a torch.autograd.Function
         return callee
 
     def _apply(self, callee: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -166,8 +168,6 @@ class Tracer(Statements):
             return self._node("call_function", callee, args, kwargs)
         if kind is types.MethodType:
             function = callee.__func__
-            if isinstance(callee.__self__, type) and issubclass(callee.__self__, torch.autograd.Function):
-                return self._node("call_function", callee.__self__, args, kwargs)
             if isinstance(function, types.FunctionType):
                 return self._inline(function, [callee.__self__, *args], kwargs)
         if kind is types.FunctionType:
@@ -264,4 +264,4 @@ def _defaults(function: types.FunctionType) -> dict[str, Any]:
     code = function.__code__
     named = code.co_varnames[: code.co_argcount]
     found = dict(zip(reversed(named), reversed(function.__defaults__ or ()), strict=False))
-    return found | (function.__kwdefaults__ or {})
+    return {name: own(value) for name, value in (found | (function.__kwdefaults__ or {})).items()}

@@ -187,10 +187,14 @@ def attribute_of(thing: Any, name: str) -> Any:
         value = _in_classes(kind, name)
         if isinstance(value, types.FunctionType):
             return types.MethodType(value, thing)
-        if hasattr(type(value), "__get__") and not isinstance(value, staticmethod | classmethod | types.BuiltinFunctionType):
+        if hasattr(type(value), "__get__") and not isinstance(
+            value, staticmethod | classmethod | types.BuiltinFunctionType | types.ClassMethodDescriptorType
+        ):
             return UNKNOWN
     if isinstance(value, staticmethod):
         return value.__func__
+    if isinstance(value, types.ClassMethodDescriptorType):  # torch.autograd.Function.apply
+        return value.__get__(None, owner)
     return types.MethodType(value.__func__, owner) if isinstance(value, classmethod) else value
 
 

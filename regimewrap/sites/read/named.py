@@ -62,13 +62,17 @@ def kind_of_short(value: Any) -> str | None:
 
     ``lambda t: F.leaky_relu(t, 0.2)``, a function defined in another, or a method of a helper object.
     """
+    function = function_of(value)
+    return None if function is None or (function.__module__ or "").startswith("torch") else _kind_returned(function)
+
+
+def function_of(value: Any) -> types.FunctionType | None:
+    """Return the plain function that runs when a function, a method or a helper object is called."""
     if isinstance(value, types.MethodType):
         value = value.__func__
     own = type(value).__dict__.get("__call__")
     value = own if isinstance(own, types.FunctionType) else value
-    if not isinstance(value, types.FunctionType) or (value.__module__ or "").startswith("torch"):
-        return None
-    return _kind_returned(value)
+    return value if isinstance(value, types.FunctionType) else None
 
 
 @remembered
