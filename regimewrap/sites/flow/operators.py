@@ -16,7 +16,7 @@ _PASSES = """flatten reshape view permute transpose swapaxes squeeze unsqueeze e
 type_as dropout dropout1d dropout2d conv1d conv2d conv3d linear interpolate getattr getitem unflatten clamp batch_norm
 layer_norm chunk split unbind repeat truediv div neg normalize rearrange reduce where masked_fill masked_fill_ movedim T mT
 clone view_as reshape_as alpha_dropout feature_dropout nan_to_num setitem tile either half bfloat16 double masked_softmax
-index_select gather data"""
+index_select gather data pad"""
 _KEEPS = """float half double bfloat16 to type_as contiguous clone dropout dropout1d dropout2d chunk split getitem add sub mul
 truediv div neg iadd isub imul itruediv clamp unbind where pad masked_fill masked_fill_ either detach sqrt rsqrt abs exp log
 square pow normalize interpolate roll flip cat concat lerp maximum minimum tensor_split batch_norm layer_norm data"""
@@ -29,7 +29,8 @@ LOSSES = frozenset("mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy bin
                    "binary_cross_entropy_with_logits poisson_nll_loss".split())  # fmt: skip
 _REDUCTIONS = frozenset("mean amax amin max std var std_mean var_mean nanmean median logsumexp".split())
 _WINDOWS = frozenset("avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d".split())
-_READS = frozenset("shape device dtype ndim size dim numel is_cuda requires_grad __len__ len get_device".split())
+_READS = frozenset("shape device dtype ndim size dim numel is_cuda requires_grad __len__ len get_device full_like zeros_like "
+                   "ones_like empty_like new_zeros new_ones new_full new_empty new_tensor".split())  # fmt: skip
 
 PASSES, KEEPS = frozenset(_PASSES.split()), frozenset(_KEEPS.split())
 

@@ -281,8 +281,7 @@ class Purpose:
         return False
 
     def _drops_out(self, path: str, call: fx.Node) -> bool:
-        child = self.flow.module(path).get_submodule(str(call.target))
-        return is_layer(child) and next(child.parameters(), None) is None
+        return next(self.flow.module(path).get_submodule(str(call.target)).parameters(), None) is None
 
 
 #: What only looks at values.
