@@ -71,7 +71,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
 def watched(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], verdicts: Sequence[Verdict] = ()
 ) -> tuple[Coverage, Any]:
-    """Return the coverage of one forward pass, and what the model returned; ``verdicts`` of a plan, if there are any."""
+    """Return the coverage of one forward pass, and what the model returned; ``verdicts`` are those of a plan."""
     gate = gate_of(model)
     root, prefix = _root_of(model, gate)
     known = {each.activation.name: each.selected for each in verdicts}

@@ -240,7 +240,9 @@ def _elsewhere(
     for code, places in seen.items():
         for span, callees in places.items():
             for callee in callees:
-                kinds = [(catalog.kind_of_callee(callee), f"it is called in {code.co_qualname}, which is not rewritten")]
+                kinds = [
+                    (catalog.kind_of_callee(callee), f"it is called in {code.co_qualname}, which is not rewritten")
+                ]
                 if id(callee) in registered:
                     continue
                 if isinstance(callee, torch.jit.ScriptFunction):

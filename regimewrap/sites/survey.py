@@ -26,7 +26,7 @@ UNTOLD = "nothing tells which of its dimensions holds the channels; set gate.cha
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of one activation: whether the policy selects it, why, and its place under the gate if it has one."""
+    """What becomes of one activation: whether the policy selects it, why, and its place under the gate, if any."""
 
     activation: Activation
     selected: bool
@@ -78,7 +78,9 @@ def survey(model: nn.Module, policy: RegimePolicy, example_inputs: Any = None) -
     asked = (could_run(pattern, model) for pattern in policy.sites.include if pattern not in (*named, "*"))
     found += [each for each in asked if each is not None]
     verdicts = tuple(_judge(policy, each, purpose) for each in found)
-    return Survey(verdicts, tuple(_warnings(purpose, verdicts, policy)), bare)
+    warnings = tuple(_warnings(purpose, verdicts, policy))
+    flow.forget()
+    return Survey(verdicts, warnings, bare)
 
 
 def _unseen(census: Census, found: list[Activation]) -> Iterator[Activation]:

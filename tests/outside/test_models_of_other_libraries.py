@@ -1,11 +1,10 @@
-"""Forty tiny models of libraries that regimewrap knows nothing of, with random weights: every promise of ``wrap`` holds.
+"""Forty tiny models of libraries that regimewrap knows nothing of, with random weights: what ``wrap`` promises holds.
 
 Not part of the default run: ``pytest -m outside tests/outside``; see docs/how-to/run-the-zoo.md.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +51,8 @@ MODELS: dict[str, tuple[str, Callable[[Any], tuple[nn.Module, tuple[Any, ...]]]]
                     cross_dim_head=8, latent_heads=2, latent_dim_head=8, num_classes=3),
         (tokens(2, 8, 8, 3),))),
     "local_attention": ("local_attention", lambda m: (
-        m.LocalTransformer(num_tokens=11, dim=16, depth=1, max_seq_len=8, local_attn_window_size=4, heads=2, dim_head=8),
+        m.LocalTransformer(num_tokens=11, dim=16, depth=1, max_seq_len=8, local_attn_window_size=4, heads=2,
+                           dim_head=8),
         (torch.randint(0, 11, (2, 8)),))),
     "facenet": ("facenet_pytorch", lambda m: (m.InceptionResnetV1(), (image(96),))),
     "rtdl_mlp": ("rtdl_revisiting_models", lambda m: (
@@ -72,7 +72,8 @@ MODELS: dict[str, tuple[str, Callable[[Any], tuple[nn.Module, tuple[Any, ...]]]]
     "zuko_mlp": ("zuko.nn", lambda m: (m.MLP(5, 2, [16, 16]), (tokens(4, 5),))),
     "diffusers_unet": ("diffusers", lambda m: (
         m.UNet2DModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-                      down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                      down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                      up_block_types=("AttnUpBlock2D", "UpBlock2D"),
                       attention_head_dim=4), (image(8), 3))),
     "diffusers_kl": ("diffusers", lambda m: (
         m.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2), (image(8),))),

@@ -117,7 +117,19 @@ class Lambdas(Base):
         return self.b(self.acts[self.name](self.a(x)))
 
 
-WAYS = [Private, OfTheClass, ModuleOfTheClass, closed_over, ByName, Zipped, Alias, Default, OfClassMethod, Helped, Lambdas]
+WAYS = [
+    Private,
+    OfTheClass,
+    ModuleOfTheClass,
+    closed_over,
+    ByName,
+    Zipped,
+    Alias,
+    Default,
+    OfClassMethod,
+    Helped,
+    Lambdas,
+]
 
 
 @pytest.mark.parametrize("make", WAYS, ids=lambda each: each.__name__)
@@ -142,11 +154,11 @@ def plain(x):
 
 class Doubled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x):  # noqa: ARG004  torch's signature
         return x * torch.sigmoid(x)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # noqa: ARG004
         return gradient
 
 
@@ -248,9 +260,7 @@ def test_one_object_in_several_places_is_judged_by_all_of_them():
     class Block(nn.Module):
         def __init__(self, act):
             super().__init__()
-            self.se = nn.Sequential(
-                nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1), act, nn.Conv2d(2, 4, 1), nn.Sigmoid()
-            )
+            self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1), act, nn.Conv2d(2, 4, 1), nn.Sigmoid())
             self.conv, self.act = nn.Conv2d(4, 4, 1), act
 
         def forward(self, x):
@@ -285,7 +295,7 @@ class Lazy:
     def __getattr__(self, name):
         raise ImportError("an optional package is missing")
 
-    def __call__(self, *args):
+    def __call__(self, *args):  # noqa: ARG002
         raise ImportError("an optional package is missing")
 
 
@@ -434,7 +444,7 @@ def test_a_site_with_just_enough_units_is_gated():
         wrap(model, RegimePolicy(sites=SitePolicy(min_units=least), gate=GatePolicy(eval_keep_ratio="current")))
         gate_of(model).set_keep_ratio(1 / 16)
         seen = []
-        handle = model[1].register_forward_hook(lambda module, args, out: seen.append(out))  # noqa: ARG005
+        handle = model[1].register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))  # noqa: ARG005
         model[0].weight.data.abs_()
         model[0].bias.data.abs_().add_(0.1)
         model.eval()(torch.ones(1, 4))

@@ -1,4 +1,4 @@
-"""Losses, outputs, scores, weights and orders of dimensions: what is no hidden feature is left alone, or warned about."""
+"""Losses, outputs, scores, weights, orders of dimensions: what is no hidden feature is left alone or warned about."""
 
 from __future__ import annotations
 
@@ -217,7 +217,12 @@ def encoder(batch_first):
 class Recurrent(nn.Module):
     def __init__(self, batch_first, last=False):
         super().__init__()
-        self.rnn, self.act, self.out, self.last = nn.GRU(4, 8, batch_first=batch_first), nn.GELU(), nn.Linear(8, 2), last
+        self.rnn, self.act, self.out, self.last = (
+            nn.GRU(4, 8, batch_first=batch_first),
+            nn.GELU(),
+            nn.Linear(8, 2),
+            last,
+        )
 
     def forward(self, x):
         x, _ = self.rnn(x)

@@ -19,7 +19,7 @@ from regimewrap.sites import catalog
 from regimewrap.sites.flow.operators import is_one, name_of, pools, reads_shape
 from regimewrap.sites.flow.trace import Tracer
 from regimewrap.sites.flow.writing import Frame, Trace, either, unknown
-from regimewrap.sites.read.code import body_of, stored
+from regimewrap.sites.read.code import stored
 
 #: Where a value comes from, each covering those before it: from parameters and buffers alone; from features averaged
 #: over positions; from features, or from something that cannot be followed.
@@ -72,13 +72,24 @@ class Dataflow:
             paths[id(each)] = name
         known = self._alike[function, type(module)]
         for trace in known:
-            if trace is None or all(_finds(module, path, name, value, paths) for (path, name), value in trace.reads.items()):
+            if trace is None or all(
+                _finds(module, path, name, value, paths) for (path, name), value in trace.reads.items()
+            ):
                 return trace
         tracer = Tracer(module, paths)
         trace = tracer.read(function)
         # Of the module itself nothing is to be kept but what tells others that they read alike.
         known.append(trace)
         return trace
+
+    def forget(self) -> None:
+        """Let go of the model: graphs are cycles, and what they refer to would look as if somebody else held it."""
+        for traces in self._alike.values():
+            for trace in traces:
+                if trace is not None:
+                    trace.reads.clear()
+                    trace.callees.clear()
+        self.modules.clear()
 
     def graph(self, path: str, method: str = "forward") -> fx.Graph | None:
         """Return the graph of a module's own forward, or ``None`` if that cannot be followed."""
@@ -105,7 +116,9 @@ class Dataflow:
         """Return the nodes of a module's graph that calls at these places make, one in the function of the next."""
         for entry in dict.fromkeys(("forward", method)):
             graph = self.graph(path, entry)
-            found = [node for node in graph.nodes if node.meta.get("frames", ())[-len(frames) :] == frames] if graph else []
+            found = (
+                [node for node in graph.nodes if node.meta.get("frames", ())[-len(frames) :] == frames] if graph else []
+            )
             if found:
                 return found
         return []

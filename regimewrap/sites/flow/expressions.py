@@ -31,7 +31,6 @@ from regimewrap.sites.flow.writing import (
 )
 from regimewrap.sites.read.code import UNKNOWN, attribute_of, span_of, stored
 
-
 #: Containers with more entries than this are not read.
 _MOST = 512
 
@@ -113,7 +112,7 @@ class Expressions(Writer):
         self._steps += 1
         if self._steps > STEPS:
             raise TooLongError
-        read = getattr(self, f"_of_{type(node).__name__}", None)
+        read = getattr(self, f"_of_{type(node).__name__.lower()}", None)
         if read is not None:
             return read(node, env)
         for child in ast.iter_child_nodes(node):
@@ -121,44 +120,44 @@ class Expressions(Writer):
                 self._value(child, env)
         return UNKNOWN
 
-    def _of_Constant(self, node: ast.Constant, env: Env) -> Any:  # noqa: ARG002
+    def _of_constant(self, node: ast.Constant, env: Env) -> Any:  # noqa: ARG002
         return node.value
 
-    def _of_Name(self, node: ast.Name, env: Env) -> Any:
+    def _of_name(self, node: ast.Name, env: Env) -> Any:
         return self._name(node.id, env)
 
-    def _of_Call(self, node: ast.Call, env: Env) -> Any:
+    def _of_call(self, node: ast.Call, env: Env) -> Any:
         return self._call(node, env)
 
-    def _of_Attribute(self, node: ast.Attribute, env: Env) -> Any:
+    def _of_attribute(self, node: ast.Attribute, env: Env) -> Any:
         return self._attribute(self._value(node.value, env), node.attr)
 
-    def _of_Lambda(self, node: ast.Lambda, env: Env) -> Any:
+    def _of_lambda(self, node: ast.Lambda, env: Env) -> Any:
         return Bound(node, env=env)
 
-    def _of_NamedExpr(self, node: ast.NamedExpr, env: Env) -> Any:
+    def _of_namedexpr(self, node: ast.NamedExpr, env: Env) -> Any:
         value = self._value(node.value, env)
         self._assign(node.target, value, env)
         return value
 
-    def _of_Await(self, node: ast.Await, env: Env) -> Any:
+    def _of_await(self, node: ast.Await, env: Env) -> Any:
         return self._value(node.value, env)
 
-    def _of_Yield(self, node: ast.Yield, env: Env) -> Any:
+    def _of_yield(self, node: ast.Yield, env: Env) -> Any:
         if node.value is not None:
             self._returned[-1].append(self._value(node.value, env))
         return UNKNOWN
 
-    def _of_Tuple(self, node: ast.Tuple | ast.List, env: Env) -> Any:
+    def _of_tuple(self, node: ast.Tuple | ast.List, env: Env) -> Any:
         found: list[Any] = []
         for each in node.elts:
             value = self._value(each.value if isinstance(each, ast.Starred) else each, env)
             found += list(value) if isinstance(each, ast.Starred) and type(value) in (list, tuple) else [value]
         return found if isinstance(node, ast.List) else tuple(found)
 
-    _of_List = _of_Tuple
+    _of_list = _of_tuple
 
-    def _of_Dict(self, node: ast.Dict, env: Env) -> Any:
+    def _of_dict(self, node: ast.Dict, env: Env) -> Any:
         found: dict[Any, Any] = {}
         for key, each in zip(node.keys, node.values, strict=True):
             value = self._value(each, env)
@@ -169,10 +168,12 @@ class Expressions(Writer):
                 found[name if type(name) in PLAIN else len(found)] = value
         return found
 
-    def _of_Slice(self, node: ast.Slice, env: Env) -> Any:
-        return slice(*(None if each is None else self._value(each, env) for each in (node.lower, node.upper, node.step)))
+    def _of_slice(self, node: ast.Slice, env: Env) -> Any:
+        return slice(
+            *(None if each is None else self._value(each, env) for each in (node.lower, node.upper, node.step))
+        )
 
-    def _of_Subscript(self, node: ast.Subscript, env: Env) -> Any:
+    def _of_subscript(self, node: ast.Subscript, env: Env) -> Any:
         base, key = self._value(node.value, env), self._value(node.slice, env)
         if isinstance(base, fx.Node):
             return self._node("call_function", operator.getitem, (base, key))
@@ -202,7 +203,7 @@ class Expressions(Writer):
                 return UNKNOWN
         return UNKNOWN
 
-    def _of_BinOp(self, node: ast.BinOp, env: Env) -> Any:
+    def _of_binop(self, node: ast.BinOp, env: Env) -> Any:
         left, right = self._value(node.left, env), self._value(node.right, env)
         before = self._frames
         self._frames = (*before, (env.code, span_of(node)))
@@ -211,13 +212,13 @@ class Expressions(Writer):
         finally:
             self._frames = before
 
-    def _of_UnaryOp(self, node: ast.UnaryOp, env: Env) -> Any:
+    def _of_unaryop(self, node: ast.UnaryOp, env: Env) -> Any:
         value = self._value(node.operand, env)
         if isinstance(value, fx.Node) and not isinstance(node.op, ast.Not):
             return self._node("call_function", UNARY[type(node.op)], (value,))
         return UNARY[type(node.op)](value) if type(value) in (*PLAIN, *CONTAINERS) else UNKNOWN
 
-    def _of_BoolOp(self, node: ast.BoolOp, env: Env) -> Any:
+    def _of_boolop(self, node: ast.BoolOp, env: Env) -> Any:
         values: list[Any] = []
         for each in node.values:
             value = self._value(each, env)
@@ -228,7 +229,7 @@ class Expressions(Writer):
                 values.append(value)
         return self._either(values)
 
-    def _of_Compare(self, node: ast.Compare, env: Env) -> Any:
+    def _of_compare(self, node: ast.Compare, env: Env) -> Any:
         values = [self._value(each, env) for each in (node.left, *node.comparators)]
         if len(values) == 2 and isinstance(node.ops[0], ast.Is | ast.IsNot) and values[1] is None:
             value = values[0]
@@ -236,7 +237,9 @@ class Expressions(Writer):
                 known = value.op != "placeholder" and value.target not in (either, unknown, getattr)
                 return isinstance(node.ops[0], ast.IsNot) if known and value.op != "call_module" else UNKNOWN
             return UNKNOWN if value is UNKNOWN else COMPARE[type(node.ops[0])](value, None)
-        if any(isinstance(each, fx.Node) for each in values) and not isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In):
+        if any(isinstance(each, fx.Node) for each in values) and not isinstance(
+            node.ops[0], ast.Is | ast.IsNot | ast.In
+        ):
             return self._node("call_function", COMPARE[type(node.ops[0])], values[:2])
         if all(type(each) in (*PLAIN, *CONTAINERS) for each in values):
             try:
@@ -246,13 +249,13 @@ class Expressions(Writer):
                 return UNKNOWN
         return UNKNOWN
 
-    def _of_IfExp(self, node: ast.IfExp, env: Env) -> Any:
+    def _of_ifexp(self, node: ast.IfExp, env: Env) -> Any:
         test = self._value(node.test, env)
         if type(test) in (*PLAIN, *CONTAINERS):
             return self._value(node.body if test else node.orelse, env)
         return self._either([self._value(node.body, env), self._value(node.orelse, env)])
 
-    def _of_ListComp(self, node: Any, env: Env) -> Any:
+    def _of_listcomp(self, node: Any, env: Env) -> Any:
         inner, found = Env(env.function, env, env.code), []
 
         def loop(rest: list[ast.comprehension]) -> None:
@@ -273,7 +276,7 @@ class Expressions(Writer):
             return {key if type(key) in PLAIN else place: value for place, (key, value) in enumerate(found)}
         return found
 
-    _of_GeneratorExp = _of_SetComp = _of_DictComp = _of_ListComp
+    _of_generatorexp = _of_setcomp = _of_dictcomp = _of_listcomp
 
 
 def own(value: Any, depth: int = 3) -> Any:

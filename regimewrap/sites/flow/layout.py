@@ -177,7 +177,11 @@ def _of(module: nn.Module, flow: Dataflow | None = None, path: str = "") -> int 
     if name.endswith(("LayerNorm", "RMSNorm")) and not isinstance(module, _LAST):  # somebody's own
         return _of_norm(module, flow, path)
     # Hugging Face's Conv1D is a linear layer.
-    return -1 if isinstance(module, _LAST) or name.endswith(("Linear", "LayerNorm", "RMSNorm")) or name == "Conv1D" else None
+    return (
+        -1
+        if isinstance(module, _LAST) or name.endswith(("Linear", "LayerNorm", "RMSNorm")) or name == "Conv1D"
+        else None
+    )
 
 
 def _of_norm(module: nn.Module, flow: Dataflow | None, path: str) -> int:

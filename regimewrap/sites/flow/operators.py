@@ -12,25 +12,65 @@ from torch import fx
 
 GATES = ("sigmoid", "tanh", "softmax")
 
-_PASSES = """flatten reshape view permute transpose swapaxes squeeze unsqueeze expand_as expand contiguous mean sum float to
-type_as dropout dropout1d dropout2d conv1d conv2d conv3d linear interpolate getattr getitem unflatten clamp batch_norm
-layer_norm chunk split unbind repeat truediv div neg normalize rearrange reduce where masked_fill masked_fill_ movedim T mT
-clone view_as reshape_as alpha_dropout feature_dropout nan_to_num setitem tile either half bfloat16 double masked_softmax
-index_select gather data pad"""
-_KEEPS = """float half double bfloat16 to type_as contiguous clone dropout dropout1d dropout2d chunk split getitem add sub mul
-truediv div neg iadd isub imul itruediv clamp unbind where pad masked_fill masked_fill_ either detach sqrt rsqrt abs exp log
-square pow normalize interpolate roll flip cat concat lerp maximum minimum tensor_split batch_norm layer_norm data"""
-PRODUCTS = frozenset("mul imul mul_ multiply".split())
-SUMS = frozenset("add iadd sub isub add_ sub_".split())
-MATRIX_PRODUCTS = frozenset("matmul imatmul bmm einsum mm".split())
+_PASSES = """
+flatten reshape view permute transpose swapaxes squeeze unsqueeze expand_as expand contiguous mean sum float to
+type_as dropout dropout1d dropout2d conv1d conv2d conv3d linear interpolate getattr getitem unflatten clamp
+batch_norm layer_norm chunk split unbind repeat truediv div neg normalize rearrange reduce where masked_fill
+masked_fill_ movedim T mT clone view_as reshape_as alpha_dropout feature_dropout nan_to_num setitem tile either
+half bfloat16 double masked_softmax index_select gather data pad"""
+_KEEPS = """
+float half double bfloat16 to type_as contiguous clone dropout dropout1d dropout2d chunk split getitem add sub
+mul truediv div neg iadd isub imul itruediv clamp unbind where pad masked_fill masked_fill_ either detach sqrt
+rsqrt abs exp log square pow normalize interpolate roll flip cat concat lerp maximum minimum tensor_split
+batch_norm layer_norm data"""
+PRODUCTS = frozenset(["mul", "imul", "mul_", "multiply"])
+SUMS = frozenset(["add", "iadd", "sub", "isub", "add_", "sub_"])
+MATRIX_PRODUCTS = frozenset(["matmul", "imatmul", "bmm", "einsum", "mm"])
 #: What leaves one number of all that there is, where no dimension is named.
-TOTALS = frozenset("mean sum norm nanmean nansum".split())
-LOSSES = frozenset("mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy binary_cross_entropy nll_loss kl_div "
-                   "binary_cross_entropy_with_logits poisson_nll_loss".split())  # fmt: skip
-_REDUCTIONS = frozenset("mean amax amin max std var std_mean var_mean nanmean median logsumexp".split())
-_WINDOWS = frozenset("avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d".split())
-_READS = frozenset("shape device dtype ndim size dim numel is_cuda requires_grad __len__ len get_device full_like zeros_like "
-                   "ones_like empty_like new_zeros new_ones new_full new_empty new_tensor".split())  # fmt: skip
+TOTALS = frozenset(["mean", "sum", "norm", "nanmean", "nansum"])
+LOSSES = frozenset(
+    [
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "cross_entropy",
+        "binary_cross_entropy",
+        "nll_loss",
+        "kl_div",
+        "binary_cross_entropy_with_logits",
+        "poisson_nll_loss",
+    ]
+)
+_REDUCTIONS = frozenset(
+    ["mean", "amax", "amin", "max", "std", "var", "std_mean", "var_mean", "nanmean", "median", "logsumexp"]
+)
+_WINDOWS = frozenset(["avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"])
+_READS = frozenset(
+    [
+        "shape",
+        "device",
+        "dtype",
+        "ndim",
+        "size",
+        "dim",
+        "numel",
+        "is_cuda",
+        "requires_grad",
+        "__len__",
+        "len",
+        "get_device",
+        "full_like",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "new_tensor",
+    ]
+)
 
 PASSES, KEEPS = frozenset(_PASSES.split()), frozenset(_KEEPS.split())
 
@@ -55,7 +95,11 @@ def reads_shape(node: fx.Node) -> bool:
 def totals(node: fx.Node) -> bool:
     """Say whether a function or method leaves one number of all values, as a loss does."""
     name, rest = name_of(node), [*node.args[1:], *node.kwargs.values()]
-    return name in LOSSES or (name in TOTALS and not rest) or (name == "norm" and len(rest) < 2 and "dim" not in node.kwargs)
+    return (
+        name in LOSSES
+        or (name in TOTALS and not rest)
+        or (name == "norm" and len(rest) < 2 and "dim" not in node.kwargs)
+    )
 
 
 def pools(node: fx.Node) -> bool:

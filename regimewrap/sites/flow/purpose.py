@@ -223,7 +223,11 @@ class Purpose:
             yield "steers"
         else:
             # A loss adds and multiplies several such values; what becomes of the result tells.
-            ends = self._ends(path, user, way.on(direct=False)) if way.direct and way.depth < _NEAR else iter(("features",))
+            ends = (
+                self._ends(path, user, way.on(direct=False))
+                if way.direct and way.depth < _NEAR
+                else iter(("features",))
+            )
             yield "features" if any(end != "loss" for end in ends) else "loss"
 
     def _after(self, path: str, way: _Way) -> Iterator[str]:
@@ -285,7 +289,7 @@ class Purpose:
 
 
 #: What only looks at values.
-_TESTS = frozenset("eq ne lt le gt ge is_grad_enabled print".split())
+_TESTS = frozenset(["eq", "ne", "lt", "le", "gt", "ge", "is_grad_enabled", "print"])
 
 
 def _positions(shape: tuple[int, ...]) -> int:

@@ -113,9 +113,9 @@ class Statements(Expressions):
                 self._assign(inner, part, env)
         elif isinstance(target, ast.Subscript):
             base, key = self._value(target.value, env), self._value(target.slice, env)
-            if type(base) is dict and type(key) in PLAIN:
-                base[key] = value
-            elif type(base) is list and type(key) is int and -len(base) <= key < len(base):
+            if (type(base) is dict and type(key) in PLAIN) or (
+                type(base) is list and type(key) is int and -len(base) <= key < len(base)
+            ):
                 base[key] = value
             elif isinstance(base, fx.Node) and isinstance(target.value, ast.Name):
                 env[target.value.id] = self._node("call_function", operator.setitem, (base, key, value))

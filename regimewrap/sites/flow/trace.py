@@ -1,8 +1,8 @@
 """The one tracer: reads the syntax tree of a method and writes down, as a graph, which values go where.
 
-Nothing of the user's runs: names are looked up, own methods and plain functions are read in turn, branches on what is not
-known are read both ways, loops over known things are unrolled. What cannot be told becomes a node that takes all its
-arguments. So a graph always exists; it is good enough to say what an activation is for, and not to compute with.
+Nothing of the user's runs: names are looked up, own methods and plain functions are read in turn, branches on what is
+not known are read both ways, loops over known things are unrolled. What cannot be told becomes a node that takes all
+its arguments. So a graph always exists; it is good enough to say what an activation is for, and not to compute with.
 """
 
 from __future__ import annotations
@@ -77,7 +77,12 @@ class Tracer(Statements):
             self._running.pop()
 
     def _bind(
-        self, env: Env, spec: ast.arguments, args: list[Any], kwargs: dict[str, Any] | None, defaults: dict[str, Any] | None
+        self,
+        env: Env,
+        spec: ast.arguments,
+        args: list[Any],
+        kwargs: dict[str, Any] | None,
+        defaults: dict[str, Any] | None,
     ) -> None:
         entry = kwargs is None
         rest, named = list(args), dict(kwargs or {})
@@ -92,8 +97,10 @@ class Tracer(Statements):
                 env[name] = rest.pop(0)
             elif name in named:
                 env[name] = named.pop(name)
-            elif entry and not (isinstance(default, int | float | str | tuple) and not isinstance(default, bool)) and not (
-                callable(default) and default is not UNKNOWN
+            elif (
+                entry
+                and not (isinstance(default, int | float | str | tuple) and not isinstance(default, bool))
+                and not (callable(default) and default is not UNKNOWN)
             ):
                 env[name] = self._node("placeholder", name)
             elif rest and name in positional:
@@ -210,7 +217,12 @@ class Tracer(Statements):
         if function is builtins.getattr and len(args) > 1:
             found = self._attribute(args[0], args[1]) if type(args[1]) is str else UNKNOWN
             return args[2] if found is UNKNOWN and len(args) > 2 else found
-        if function is builtins.hasattr and len(args) == 2 and type(args[1]) is str and not isinstance(args[0], fx.Node):
+        if (
+            function is builtins.hasattr
+            and len(args) == 2
+            and type(args[1]) is str
+            and not isinstance(args[0], fx.Node)
+        ):
             return self._attribute(args[0], args[1]) is not UNKNOWN or UNKNOWN
         if function is builtins.isinstance and len(args) == 2 and not isinstance(args[0], fx.Node):
             kinds = args[1] if type(args[1]) is tuple else (args[1],)

@@ -1,4 +1,4 @@
-"""What the tracer writes: a graph of values, with what stands in it for branches that meet and for what is not known."""
+"""What the tracer writes: a graph of values, and what stands in it for branches that meet and for the unknown."""
 
 from __future__ import annotations
 
@@ -27,12 +27,47 @@ COMPARE: dict[type, Any] = {
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b,
     ast.NotIn: lambda a, b: a not in b,
 }  # fmt: skip
-UNARY: dict[type, Any] = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_, ast.Invert: operator.invert}
+UNARY: dict[type, Any] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+    ast.Invert: operator.invert,
+}
 #: Values that may be computed with: operators of these run no code of the user's.
 PLAIN = (bool, int, float, str, bytes, type(None), range, slice)
 CONTAINERS = (list, tuple, dict, set)
-SAFE = {len, range, enumerate, zip, reversed, list, tuple, dict, set, int, float, bool, str, min, max, sum, abs, sorted, any,
-         all, iter, next, round, divmod, isinstance, map, filter, getattr, hasattr, callable}  # fmt: skip
+SAFE = {
+    len,
+    range,
+    enumerate,
+    zip,
+    reversed,
+    list,
+    tuple,
+    dict,
+    set,
+    int,
+    float,
+    bool,
+    str,
+    min,
+    max,
+    sum,
+    abs,
+    sorted,
+    any,
+    all,
+    iter,
+    next,
+    round,
+    divmod,
+    isinstance,
+    map,
+    filter,
+    getattr,
+    hasattr,
+    callable,
+}
 #: How deep functions are followed into each other, how many expressions are read, how often a loop is unrolled.
 DEPTH, STEPS, TURNS = 12, 30_000, 64
 
@@ -66,6 +101,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Super:
+    """What ``super()`` gives: an object, seen from above one of its classes."""
+
     cls: Any
     owner: Any
 
@@ -98,6 +135,7 @@ class Env(dict[str, Any]):
         self.function, self.cells, self.code = function, cells, code or function.__code__
 
     def copy(self) -> Env:
+        """Return the same names, to be changed by themselves."""
         twin = Env(self.function, self.cells, self.code)
         twin.update(self)
         return twin

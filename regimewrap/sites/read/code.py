@@ -80,7 +80,9 @@ def _is_source_of(tree: ast.FunctionDef, code: types.CodeType) -> bool:
     places = _places_in(code)
     first = code.co_firstlineno - 1
     calls = (each for statement in tree.body for each in ast.walk(statement) if isinstance(each, ast.Call))
-    spans = [(each.lineno + first, each.col_offset, (each.end_lineno or 0) + first, each.end_col_offset) for each in calls]
+    spans = [
+        (each.lineno + first, each.col_offset, (each.end_lineno or 0) + first, each.end_col_offset) for each in calls
+    ]
     # What stands behind a constant test, or in the annotation of a variable, is not compiled.
     return not places or sum(span in places for span in spans) >= len(spans) / 2
 
@@ -106,7 +108,9 @@ def _own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
         # Mix-ins bring functions for other times than the forward pass (sampling, losses).
         if issubclass(home, nn.Module) or "forward" in vars(home)
         for name, value in vars(home).items()
-        if home is not object and isinstance(value, types.FunctionType) and not name.startswith("_regimewrap")
+        if home is not object
+        and isinstance(value, types.FunctionType)
+        and not name.startswith("_regimewrap")
         # What sets an object up, copies or shows it is over before, or apart from, a forward pass.
         and (name == "__call__" or not (name.startswith("__") and name.endswith("__")))
     )
@@ -177,11 +181,8 @@ def attribute_of(thing: Any, name: str) -> Any:
     if issubclass(kind, type):
         value, owner = _in_classes(thing, name), thing
     else:
-        value, owner = UNKNOWN, kind
-        if issubclass(kind, nn.Module):
-            value = stored(thing, name)
-        else:
-            value = _own_attributes(thing).get(name, UNKNOWN)
+        is_module, owner = issubclass(kind, nn.Module), kind
+        value = stored(thing, name) if is_module else _own_attributes(thing).get(name, UNKNOWN)
         if value is not UNKNOWN:
             return value
         value = _in_classes(kind, name)
