@@ -21,6 +21,7 @@ from regimewrap.rewrite.graph import TwoModes, gate_graph_module, graphs_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose, site_for
 from regimewrap.sites.finder import Activation
+from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.flow.purpose import Purpose
 
 
@@ -40,7 +41,7 @@ class InsertGates(PassBase):
         """Insert the gates; ``modified`` says whether there was anything to gate."""
         sites: dict[str, Site] = {}
         indices: list[dict[str, int]] = []
-        purpose = Purpose(graph_module)
+        purpose = Purpose(Dataflow(graph_module))
         for graph in graphs_of(graph_module):
             indices.append({})
             for node in graph.nodes:
@@ -62,7 +63,7 @@ class InsertGates(PassBase):
             return None
         name = str(node.target) if node.op == "call_module" else node.name
         found = Activation(name, name, kind, name if node.op == "call_module" else "")
-        return site_for(self.policy, found, module) if choose(self.policy.sites, found, purpose)[0] else None
+        return site_for(self.policy, found, purpose) if choose(self.policy.sites, found, purpose)[0] else None
 
 
 def insert_gates(module: nn.Module, policy: PolicyLike | None = None) -> fx.GraphModule:
