@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate.compiled import notice_hooks
+from regimewrap.gate.compiled import forget_hooks, notice_hooks
 from regimewrap.gate.gate import TopKGate, at_keep_ratio, find_gate, whole_of
 from regimewrap.measure.verify import verify
 from regimewrap.policy.policy import RegimePolicy
@@ -48,9 +48,15 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
     policy = _policy(policy)
     gate = find_gate(root)
     if gate is not None:
-        whole = whole_of(root, gate)
+        name, whole, sharing = type(root).__name__, whole_of(root, gate), _sharing(root, gate)
+        if sharing is not None:
+            owner = type(sharing[0]).__name__
+            raise AlreadyWrappedError(
+                f"{name} shares {sharing[1]} with a wrapped {owner}. To have one gate for both, unwrap the {owner} and "
+                "wrap a module that holds both, such as torch.nn.ModuleList([a, b])."
+            )
         is_wrapped = "is wrapped already" if whole is None else f"is a part of a wrapped {type(whole).__name__}"
-        raise AlreadyWrappedError(f"{type(root).__name__} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
+        raise AlreadyWrappedError(f"{name} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
     found = find(root)
     check(policy.sites, [activation.name for activation in found])
     purpose = Purpose(root, activation_shapes(root, example_inputs) if example_inputs is not None else None)
@@ -66,7 +72,7 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
         mechanism = prepared.mechanisms.get(name)
         site = places[name] if mechanism is not None else None
         rows.append(Row(activation, mechanism, chosen, prepared.problems.get(name, why), site))
-    return Plan(type(root).__name__, tuple(rows), prepared.rebindings)
+    return Plan(type(root).__name__, tuple(rows), prepared.changes)
 
 
 def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = None, strict: bool = True) -> M:
@@ -80,12 +86,13 @@ def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = 
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
 
     Returns:
-        The same object. What changes on it: activation modules get forward hooks (a ReLU its ``forward`` too); a module
-        whose methods call an activation function gets a subclass of its class with the same name, in which these
-        methods are rewritten; an activation that something outside the model holds too is replaced by a copy; the
-        model itself gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number
-        generator and the users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of
-        the bare model. ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
+        The same object. What changes on it: activation modules get forward hooks; modules that call an activation get
+        one private attribute each, with their gates; an activation that anything outside the model holds too is
+        replaced by a copy. Classes stay what they are, but while a wrapped model lives, functions of them that call an
+        activation run other code, which asks each module for its gates and else does what it did. Parameters, buffers,
+        ``state_dict`` keys, modes, the random number generator and the users' hooks are not touched; at keep ratio 1
+        outputs and gradients are bit for bit those of the bare model. ``copy.deepcopy`` gives a copy with a gate of
+        its own.
 
     Raises:
         NoSitesError: the policy selects nothing; the message lists the activations that were seen.
@@ -137,8 +144,15 @@ def unwrap(model: M) -> M:
     gate = find_gate(root)
     if gate is None:
         raise NotWrappedError(f"{type(root).__name__} is not wrapped; there is nothing to unwrap.")
-    if whole_of(root, gate) is not None:
-        gc.collect()  # a model that nobody holds any more may still be there, in a cycle
+    if whole_of(root, gate) is not None or _sharing(root, gate) is not None:
+        gc.collect()  # a model that is no longer held may still be there, in a cycle
+    sharing = _sharing(root, gate)
+    if sharing is not None:
+        owner = type(sharing[0]).__name__
+        raise WrapError(
+            f"{type(root).__name__} is not wrapped itself; it shares {sharing[1]} with a wrapped {owner}, which would "
+            f"lose its gates there. To have them off, unwrap the {owner}."
+        )
     whole = whole_of(root, gate)
     if whole is not None:
         path = next(path for path, module in whole.named_modules() if module is root)
@@ -147,8 +161,23 @@ def unwrap(model: M) -> M:
             "To leave a part of a model alone, wrap it with sites.exclude."
         )
     rewriting.undo(root)
+    gate.released = True
     _forget_compiled(model)
+    if not rewriting.any_hooks():
+        forget_hooks()
     return model
+
+
+def _sharing(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str] | None:
+    """Return the wrapped model that a model which is no part of it shares gated modules with, and where they are."""
+    root = gate.root
+    if root is None or any(module is root for module in model.modules()) or whole_of(model, gate) is not None:
+        return None
+    shared = {id(module) for module in root.modules()}
+    for path, module in model.named_modules():
+        if id(module) in shared and find_gate(module) is gate:
+            return root, path
+    return None
 
 
 def _compare(model: nn.Module, bare: Any, example_inputs: Any, strict: bool) -> None:

@@ -28,7 +28,7 @@ from regimewrap.topk.op import relu_gate, topk_gate
 
 #: The attribute of a wrapped model's ``__dict__`` that holds its gate.
 GATE_ATTRIBUTE = "_regimewrap"
-#: The attribute of a module with rewritten methods that holds the site gates which these call.
+#: The attribute of a module that holds the site gates which its code, or its graph, calls.
 SITES_ATTRIBUTE = "_regimewrap_sites"
 
 
@@ -84,6 +84,7 @@ class TopKGate:
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
         observers: called at each site of each forward pass; empty unless somebody watches.
+        released: whether ``unwrap`` took it off its model.
     """
 
     def __init__(self, policy: RegimePolicy | None = None) -> None:
@@ -92,6 +93,7 @@ class TopKGate:
         self.sites: tuple[Site, ...] = ()
         self.thresholds: dict[str, float] | None = None
         self.observers: list[Observer] = []
+        self.released = False
         self._root: weakref.ref[nn.Module] | None = None
         self._recorder: Recorder | None = None
         # True inside at_keep_ratio: the ratio then holds in eval mode too.
@@ -288,8 +290,13 @@ class TopKGate:
         """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
         self._root = weakref.ref(root)
 
+    @property
+    def root(self) -> nn.Module | None:
+        """The model it belongs to; ``None`` if that is gone, or came out of a file and was not asked for yet."""
+        return self._root() if self._root is not None else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TopKGate:
-        root = self._root() if self._root is not None else None
+        root = self.root
         if root is not None and id(root) not in memo:
             # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
             return self
@@ -349,8 +356,8 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
     if GATE_ATTRIBUTE in module.__dict__:
         yield module.__dict__[GATE_ATTRIBUTE]
     # Copies of graph modules lose plain attributes, and a part of a model never had one.
-    attributes = module.__dict__
-    holders = [*module._forward_hooks.values(), *attributes.get("gates", ()), *attributes.get(SITES_ATTRIBUTE, ())]
+    sites = module.__dict__.get(SITES_ATTRIBUTE, ())
+    holders = [*module._forward_hooks.values(), *(sites.values() if isinstance(sites, dict) else sites)]
     for holder in holders:
         site_gate = holder if isinstance(holder, SiteGate) else getattr(holder, "gate", None)
         if isinstance(site_gate, SiteGate):
@@ -359,7 +366,7 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
 
 def whole_of(part: nn.Module, gate: TopKGate) -> nn.Module | None:
     """Return the wrapped model that ``part`` is a part of; ``None`` if it is that model, a copy, or what is left."""
-    root = gate._root() if gate._root is not None else None
+    root = gate.root
     if root is None or root is part or not any(module is part for module in root.modules()):
         return None
     return root
