@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate.compiled import notice_hooks
+from regimewrap.gate.compiled import forget_hooks, notice_hooks
 from regimewrap.gate.gate import TopKGate, at_keep_ratio, find_gate, whole_of
 from regimewrap.measure.batchnorm import of_another_budget
 from regimewrap.measure.verify import watched
@@ -52,9 +52,15 @@ def _plan(root: nn.Module, policy: RegimePolicy, example_inputs: Any) -> tuple[P
     """Return the plan, and all that was found out for it."""
     gate = find_gate(root)
     if gate is not None:
-        whole = whole_of(root, gate)
+        name, whole, sharing = type(root).__name__, whole_of(root, gate), _sharing(root, gate)
+        if sharing is not None:
+            owner = type(sharing[0]).__name__
+            raise AlreadyWrappedError(
+                f"{name} shares {sharing[1]} with a wrapped {owner}. To have one gate for both, unwrap the {owner} and "
+                "wrap a module that holds both, such as torch.nn.ModuleList([a, b])."
+            )
         is_wrapped = "is wrapped already" if whole is None else f"is a part of a wrapped {type(whole).__name__}"
-        raise AlreadyWrappedError(f"{type(root).__name__} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
+        raise AlreadyWrappedError(f"{name} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
     found = survey(root, policy, example_inputs)
     prepared = prepare(root, [each.activation for each in found.verdicts if each.site is not None])
     rows = []
@@ -64,7 +70,7 @@ def _plan(root: nn.Module, policy: RegimePolicy, example_inputs: Any) -> tuple[P
         why = each.activation.problem if each.selected and each.activation.problem else each.why
         site = each.site if mechanism is not None else None
         rows.append(Row(each.activation, mechanism, each.selected, prepared.problems.get(name, why), site))
-    return Plan(type(root).__name__, tuple(rows), prepared.rebindings), found
+    return Plan(type(root).__name__, tuple(rows), prepared.changes), found
 
 
 def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = None, strict: bool = True) -> M:
@@ -78,12 +84,13 @@ def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = No
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
 
     Returns:
-        The same object. What changes on it: activation modules get forward hooks (a ReLU its ``forward`` too); a module
-        whose methods call an activation function gets a subclass of its class with the same name, in which these
-        methods are rewritten; an activation that something outside the model holds too is replaced by a copy; the
-        model itself gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number
-        generator and the users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of
-        the bare model. ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
+        The same object. What changes on it: activation modules get forward hooks; modules that call an activation get
+        one private attribute each, with their gates; an activation that anything outside the model holds too is
+        replaced by a copy. Classes stay what they are, but while a wrapped model lives, functions of them that call an
+        activation run other code, which asks each module for its gates and else does what it did. Parameters, buffers,
+        ``state_dict`` keys, modes, the random number generator and the users' hooks are not touched; at keep ratio 1
+        outputs and gradients are bit for bit those of the bare model. ``copy.deepcopy`` gives a copy with a gate of
+        its own.
 
     Raises:
         NoSitesError: the policy selects nothing; the message lists the activations that were seen.
@@ -140,8 +147,15 @@ def unwrap(model: M) -> M:
     gate = find_gate(root)
     if gate is None:
         raise NotWrappedError(f"{type(root).__name__} is not wrapped; there is nothing to unwrap.")
-    if whole_of(root, gate) is not None:
-        gc.collect()  # a model that nobody holds any more may still be there, in a cycle
+    if whole_of(root, gate) is not None or _sharing(root, gate) is not None:
+        gc.collect()  # a model that is no longer held may still be there, in a cycle
+    sharing = _sharing(root, gate)
+    if sharing is not None:
+        owner = type(sharing[0]).__name__
+        raise WrapError(
+            f"{type(root).__name__} is not wrapped itself; it shares {sharing[1]} with a wrapped {owner}, which would "
+            f"lose its gates there. To have them off, unwrap the {owner}."
+        )
     whole = whole_of(root, gate)
     if whole is not None:
         path = next(path for path, module in whole.named_modules() if module is root)
@@ -158,7 +172,21 @@ def unwrap(model: M) -> M:
     _forget_compiled(model)
     if notice is not None:
         warnings.warn(notice, RuntimeWarning, stacklevel=2)
+    if not rewriting.any_hooks():
+        forget_hooks()
     return model
+
+
+def _sharing(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str] | None:
+    """Return the wrapped model that a model which is no part of it shares gated modules with, and where they are."""
+    root = gate.root
+    if root is None or any(module is root for module in model.modules()) or whole_of(model, gate) is not None:
+        return None
+    shared = {id(module) for module in root.modules()}
+    for path, module in model.named_modules():
+        if id(module) in shared and find_gate(module) is gate:
+            return root, path
+    return None
 
 
 def _compare(model: nn.Module, found: Survey, example_inputs: Any, strict: bool) -> None:

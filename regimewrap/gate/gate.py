@@ -314,8 +314,13 @@ class TopKGate:
         """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
         self._root = weakref.ref(root)
 
+    @property
+    def root(self) -> nn.Module | None:
+        """The model it belongs to; ``None`` if that is gone, or came out of a file and was not asked for yet."""
+        return self._root() if self._root is not None else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TopKGate:
-        root = self._root() if self._root is not None else None
+        root = self.root
         if root is not None and id(root) not in memo:
             # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
             return self

@@ -190,6 +190,8 @@ class _Judge:
             gone = not hasattr(module, parts[len(path.split(".")) if path else 0])
             kind = type(module).__name__
             replaced = module is not None and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+            # A forward that leads to other sites of the module is the module's own.
+            replaced = replaced and not any(self._is_own_call(site.name, path, module) for site in self.gated_sites)
             if replaced:
                 bypassed[name] = (
                     f"the forward of {path or 'the model'} ({kind}) has been replaced, by a fused kernel perhaps, "
@@ -205,6 +207,12 @@ class _Judge:
             else:
                 idle[name] = "its part of the model did not run"
         return bypassed, idle
+
+    @staticmethod
+    def _is_own_call(name: str, path: str, module: nn.Module | None) -> bool:
+        """Whether a site is a call in a method of the module with this path."""
+        inside = name.removeprefix(f"{path}." if path else "")
+        return (inside != name or not path) and inside.partition(".")[0] not in getattr(module, "_modules", ())
 
     def _entered(self, path: str) -> bool:
         """Whether a module ran; of scripted ones only the outermost is seen."""

@@ -16,6 +16,7 @@ from regimewrap.sites import catalog
 from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.read.calls import Call, find_calls, find_dropped, in_place_target
 from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
+from regimewrap.sites.read.graphs import graphs_of
 from regimewrap.sites.read.helpers import Helper, calls_itself, find_helpers
 from regimewrap.sites.read.named import function_of, kind_of_short
 
@@ -141,7 +142,10 @@ def _in_script_graph(graph: Any) -> Iterator[tuple[str, str]]:
 
 def _in_graph(path: str, module: fx.GraphModule) -> Iterator[Activation]:
     # Activation modules that its graph calls are found as modules, like any others.
-    for node in module.graph.nodes:
+    nodes: dict[str, fx.Node] = {}
+    for node in (node for graph in graphs_of(module) for node in graph.nodes):
+        nodes.setdefault(node.name, node)
+    for node in nodes.values():
         kind = catalog.kind_of_node(node)
         if kind is not None:
             name = f"{path}.{node.name}" if path else node.name

@@ -22,6 +22,7 @@ from regimewrap.sites.read.code import (
     Span,
     body_of,
     call_nodes,
+    constant_of,
     in_evaluation_order,
     names_in,
     parse,
@@ -226,7 +227,7 @@ def _is_plain_relu(node: ast.Call, scope: Scope) -> bool:
         return method and not node.args and not node.keywords
     if not (callee is F.relu or callee is torch.relu or type(callee) is nn.ReLU):
         return False
-    keeps = (isinstance(each.value, ast.Constant) and each.value.value is False for each in node.keywords)
+    keeps = (constant_of(each.value, scope) is False for each in node.keywords)
     return len(node.args) == 1 and not isinstance(node.args[0], ast.Starred) and all(keeps)
 
 

@@ -6,6 +6,7 @@ import ast
 import builtins
 import inspect
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,9 @@ TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 #: Stands for "this expression's value cannot be known without running the method".
 UNKNOWN = object()
+
+#: Functions whose code is exchanged at the moment, to what has their own as ``original``; kept by ``rewrite``.
+EXCHANGED: weakref.WeakKeyDictionary[types.FunctionType, Any] = weakref.WeakKeyDictionary()
 
 Span = tuple[int, int, int, int]
 
@@ -36,6 +40,13 @@ def body_of(function: types.FunctionType) -> types.FunctionType:
     while isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
         function = inner
     return function
+
+
+def code_of(function: types.FunctionType) -> types.CodeType:
+    """Return the code that the user wrote, also while a wrapped model has the function run other code."""
+    exchange = EXCHANGED.get(function)
+    code: types.CodeType = function.__code__ if exchange is None else exchange.original
+    return code
 
 
 @remembered
