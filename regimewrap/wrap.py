@@ -10,18 +10,17 @@ import torch
 from torch import nn
 
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
-from regimewrap.gate.compiled import notice_hooks
+from regimewrap.gate.compiled import forget_hooks, notice_hooks
 from regimewrap.gate.gate import TopKGate, at_keep_ratio, find_gate, whole_of
 from regimewrap.measure.batchnorm import of_another_budget
-from regimewrap.measure.verify import verify
+from regimewrap.measure.verify import watched
 from regimewrap.policy.policy import PolicyLike, RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
-from regimewrap.sites.choose import check, choose, site_for
-from regimewrap.sites.finder import find
-from regimewrap.sites.flow.purpose import Purpose
 from regimewrap.sites.plan import Plan, Row
-from regimewrap.sites.probe import activation_shapes, as_call, run
+from regimewrap.sites.probe import as_call, own
+from regimewrap.sites.read.memory import remembering
+from regimewrap.sites.survey import Survey, survey
 from regimewrap.torch_private import compiles_itself, is_compiled_module, original_of, tree_leaves
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,28 +44,33 @@ def plan(model: nn.Module, policy: PolicyLike | None = None, *, example_inputs: 
         PolicyError: the policy names kinds or patterns that the model does not have, or contradicts itself.
     """
     root = _root(model)
-    policy = RegimePolicy.of(policy)
+    with remembering():
+        return _plan(root, RegimePolicy.of(policy), example_inputs)[0]
+
+
+def _plan(root: nn.Module, policy: RegimePolicy, example_inputs: Any) -> tuple[Plan, Survey]:
+    """Return the plan, and all that was found out for it."""
     gate = find_gate(root)
     if gate is not None:
-        whole = whole_of(root, gate)
+        name, whole, sharing = type(root).__name__, whole_of(root, gate), _sharing(root, gate)
+        if sharing is not None:
+            owner = type(sharing[0]).__name__
+            raise AlreadyWrappedError(
+                f"{name} shares {sharing[1]} with a wrapped {owner}. To have one gate for both, unwrap the {owner} and "
+                "wrap a module that holds both, such as torch.nn.ModuleList([a, b])."
+            )
         is_wrapped = "is wrapped already" if whole is None else f"is a part of a wrapped {type(whole).__name__}"
-        raise AlreadyWrappedError(f"{type(root).__name__} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
-    found = find(root)
-    check(policy.sites, [activation.name for activation in found])
-    purpose = Purpose(root, activation_shapes(root, example_inputs) if example_inputs is not None else None)
-    choices = [choose(policy.sites, activation, purpose) for activation in found]
-    wanted = [activation for activation, (chosen, _) in zip(found, choices, strict=True) if chosen]
-    places = {each.name: site_for(policy, each, root) for each in wanted}
-    prepared = prepare(root, [each for each in wanted if places[each.name] is not None])
+        raise AlreadyWrappedError(f"{name} {is_wrapped}; call regimewrap.unwrap(model) on that first.")
+    found = survey(root, policy, example_inputs)
+    prepared = prepare(root, [each.activation for each in found.verdicts if each.site is not None])
     rows = []
-    for activation, (chosen, why) in zip(found, choices, strict=True):
-        name = activation.name
-        if chosen and places[name] is None:
-            why = "nothing tells which of its dimensions holds the channels; set gate.channel_dim"
+    for each in found.verdicts:
+        name = each.activation.name
         mechanism = prepared.mechanisms.get(name)
-        site = places[name] if mechanism is not None else None
-        rows.append(Row(activation, mechanism, chosen, prepared.problems.get(name, why), site))
-    return Plan(type(root).__name__, tuple(rows), prepared.rebindings)
+        why = each.activation.problem if each.selected and each.activation.problem else each.why
+        site = each.site if mechanism is not None else None
+        rows.append(Row(each.activation, mechanism, each.selected, prepared.problems.get(name, why), site))
+    return Plan(type(root).__name__, tuple(rows), prepared.changes), found
 
 
 def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = None, strict: bool = True) -> M:
@@ -80,12 +84,13 @@ def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = No
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
 
     Returns:
-        The same object. What changes on it: activation modules get forward hooks (a ReLU its ``forward`` too); a module
-        whose methods call an activation function gets a subclass of its class with the same name, in which these
-        methods are rewritten; an activation that something outside the model holds too is replaced by a copy; the
-        model itself gets one private attribute. Parameters, buffers, ``state_dict`` keys, modes, the random number
-        generator and the users' hooks are not touched; at keep ratio 1 outputs and gradients are bit for bit those of
-        the bare model. ``copy.deepcopy`` gives a copy with a gate of its own. Wrap before ``fully_shard``.
+        The same object. What changes on it: activation modules get forward hooks; modules that call an activation get
+        one private attribute each, with their gates; an activation that anything outside the model holds too is
+        replaced by a copy. Classes stay what they are, but while a wrapped model lives, functions of them that call an
+        activation run other code, which asks each module for its gates and else does what it did. Parameters, buffers,
+        ``state_dict`` keys, modes, the random number generator and the users' hooks are not touched; at keep ratio 1
+        outputs and gradients are bit for bit those of the bare model. ``copy.deepcopy`` gives a copy with a gate of
+        its own.
 
     Raises:
         NoSitesError: the policy selects nothing; the message lists the activations that were seen.
@@ -96,7 +101,14 @@ def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = No
     """
     root = _root(model)
     policy = RegimePolicy.of(policy)
-    planned = plan(root, policy, example_inputs=example_inputs)
+    with remembering():
+        _wrap(root, policy, example_inputs, strict)
+    _forget_compiled(model)
+    return model
+
+
+def _wrap(root: nn.Module, policy: RegimePolicy, example_inputs: Any, strict: bool) -> None:
+    planned, found = _plan(root, policy, example_inputs)
     if planned.unreachable:
         lines = "; ".join(f"{row.name} ({row.why})" for row in planned.unreachable)
         _refuse(f"{planned.model}: the policy selects activations that cannot be gated: {lines}", strict)
@@ -107,17 +119,15 @@ def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = No
             f"{planned.model} has no activation that the policy selects. Activations seen: {seen}{more}. "
             "Widen sites.kinds or sites.include."
         )
-    _warn_if_causal(root, policy)
-    bare = run(root, example_inputs) if example_inputs is not None else None
+    for warning in found.warnings:
+        warnings.warn(warning, stacklevel=3)
     rewriting.apply(root, planned, TopKGate(policy))
     if example_inputs is not None:
         try:
-            _compare(root, bare, example_inputs, strict)
+            _compare(root, found, example_inputs, strict)
         except BaseException:
             rewriting.undo(root)
             raise
-    _forget_compiled(model)
-    return model
 
 
 def unwrap(model: M) -> M:
@@ -137,8 +147,15 @@ def unwrap(model: M) -> M:
     gate = find_gate(root)
     if gate is None:
         raise NotWrappedError(f"{type(root).__name__} is not wrapped; there is nothing to unwrap.")
-    if whole_of(root, gate) is not None:
-        gc.collect()  # a model that nobody holds any more may still be there, in a cycle
+    if whole_of(root, gate) is not None or _sharing(root, gate) is not None:
+        gc.collect()  # a model that is no longer held may still be there, in a cycle
+    sharing = _sharing(root, gate)
+    if sharing is not None:
+        owner = type(sharing[0]).__name__
+        raise WrapError(
+            f"{type(root).__name__} is not wrapped itself; it shares {sharing[1]} with a wrapped {owner}, which would "
+            f"lose its gates there. To have them off, unwrap the {owner}."
+        )
     whole = whole_of(root, gate)
     if whole is not None:
         path = next(path for path, module in whole.named_modules() if module is root)
@@ -155,23 +172,37 @@ def unwrap(model: M) -> M:
     _forget_compiled(model)
     if notice is not None:
         warnings.warn(notice, RuntimeWarning, stacklevel=2)
+    if not rewriting.any_hooks():
+        forget_hooks()
     return model
 
 
-def _compare(model: nn.Module, bare: Any, example_inputs: Any, strict: bool) -> None:
-    with at_keep_ratio(model, 1.0):
-        full = run(model, example_inputs)
-    before, after = tree_leaves(bare), tree_leaves(full)
+def _sharing(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str] | None:
+    """Return the wrapped model that a model which is no part of it shares gated modules with, and where they are."""
+    root = gate.root
+    if root is None or any(module is root for module in model.modules()) or whole_of(model, gate) is not None:
+        return None
+    shared = {id(module) for module in root.modules()}
+    for path, module in model.named_modules():
+        if id(module) in shared and find_gate(module) is gate:
+            return root, path
+    return None
+
+
+def _compare(model: nn.Module, found: Survey, example_inputs: Any, strict: bool) -> None:
+    args, kwargs = as_call(example_inputs)
+    with at_keep_ratio(probe := own(model), 1.0), torch.no_grad():
+        coverage, full = watched(probe, args, kwargs, found.verdicts)
+    before, after = tree_leaves(found.bare), tree_leaves(full)
     if len(before) != len(after) or not all(map(_equal, before, after)):
         raise WrapError(
             f"{type(model).__name__}: the wrapped model's output at full budget is not that of the bare one, so the "
             "model is left as it was. Is it random beyond torch's generators? If not, this is a fault of regimewrap."
         )
-    args, kwargs = as_call(example_inputs)
-    with torch.no_grad():
-        coverage = verify(model, *args, **kwargs)
-    if coverage.escaped:
-        _refuse(f"{type(model).__name__}: activations ran without a gate: {', '.join(coverage.escaped)}", strict)
+    known = {each.activation.name for each in found.verdicts if each.activation.problem is not None}
+    escaped = [name for name in coverage.escaped if name not in known]
+    if escaped:
+        _refuse(f"{type(model).__name__}: activations ran without a gate: {', '.join(escaped)}", strict)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -184,20 +215,7 @@ def _refuse(message: str, strict: bool) -> None:
     message += ". Exclude them in sites.exclude, or pass strict=False to gate the others only."
     if strict:
         raise UnreachableSiteError(message)
-    warnings.warn(message, stacklevel=3)
-
-
-def _warn_if_causal(model: nn.Module, policy: RegimePolicy) -> None:
-    if policy.gate.scope in ("position", "network"):
-        return
-    generates = getattr(model, "can_generate", None)
-    causal = any(getattr(module, "is_causal", None) is True for module in model.modules())
-    if causal or (callable(generates) and generates() is True):
-        warnings.warn(
-            f"{type(model).__name__} looks like a causal model, or holds one: with scope={policy.gate.scope!r} later "
-            'tokens, frames or time steps decide what earlier ones keep. Use GatePolicy(scope="position").',
-            stacklevel=3,
-        )
+    warnings.warn(message, stacklevel=4)
 
 
 def _root(model: nn.Module) -> nn.Module:

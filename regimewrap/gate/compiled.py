@@ -28,8 +28,28 @@ def notice_hooks() -> None:
     if torch.compiler.is_compiling() or not config.skip_nnmodule_hook_guards:
         return
     config.skip_nnmodule_hook_guards = False
+    _CHANGED.append("skip_nnmodule_hook_guards")
     if has_compiled_code():
         torch.compiler.reset()
+
+
+def forget_hooks() -> None:
+    """Take ``notice_hooks`` back: compiled code may run without a look at hooks again, as it was found."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _OnImport)]
+    config: Any = sys.modules.get(COMPILER_CONFIG)
+    if config is not None and _CHANGED:
+        config.skip_nnmodule_hook_guards = True
+    _CHANGED.clear()
+
+
+def forget_compiled() -> None:
+    """Have everything compiled anew, if anything has been compiled: code that it was made from has changed."""
+    if COMPILER_CONFIG in sys.modules and not torch.compiler.is_compiling() and has_compiled_code():
+        torch.compiler.reset()
+
+
+#: Filled while a setting of the compiler is not what it was.
+_CHANGED: list[str] = []
 
 
 class _OnImport:
@@ -49,7 +69,9 @@ class _OnImport:
 
             def exec_module(module: Any) -> None:
                 load(module)
-                module.skip_nnmodule_hook_guards = False
+                if module.skip_nnmodule_hook_guards:
+                    module.skip_nnmodule_hook_guards = False
+                    _CHANGED.append("skip_nnmodule_hook_guards")
 
             loader.exec_module = exec_module
         return spec

@@ -35,9 +35,8 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
     if GATE_ATTRIBUTE in module.__dict__:
         yield module.__dict__[GATE_ATTRIBUTE]
     # Copies of graph modules lose plain attributes, and a part of a model never had one.
-    own, rewritten = module.__dict__.get("gates"), module.__dict__.get(SITES_ATTRIBUTE, ())
-    # A module of the user's own may have an attribute of that name too.
-    for holder in (*module._forward_hooks.values(), *(own if isinstance(own, tuple) else ()), *rewritten):
+    sites = module.__dict__.get(SITES_ATTRIBUTE, ())
+    for holder in (*module._forward_hooks.values(), *(sites.values() if isinstance(sites, dict) else sites)):
         site_gate = holder if isinstance(holder, SiteGate) else getattr(holder, "gate", None)
         if isinstance(site_gate, SiteGate):
             yield site_gate.gate
@@ -45,7 +44,7 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
 
 def whole_of(part: nn.Module, gate: TopKGate) -> nn.Module | None:
     """Return the wrapped model that ``part`` is a part of; ``None`` if it is that model, a copy, or what is left."""
-    root = gate._root() if gate._root is not None else None
+    root = gate.root
     if root is None or root is part or not any(module is part for module in root.modules()):
         return None
     return root

@@ -32,8 +32,6 @@ __all__ = [
     "GATE_ATTRIBUTE",
     "SITES_ATTRIBUTE",
     "GateSample",
-    "Observer",
-    "Recorder",
     "Site",
     "SiteGate",
     "TopKGate",
@@ -81,21 +79,14 @@ class TopKGate:
         self._counts = True
         self._told = Told()
         rule = self.policy.gate
-        self._rule: dict[str, Any] = {
-            "scope": rule.scope,
-            "score": rule.score,
-            "relative_to": rule.relative_to,
-            "ties": rule.ties,
-            "gradient": rule.gradient,
-        }
+        words = ("scope", "score", "relative_to", "ties", "gradient")
+        self._rule: dict[str, Any] = {word: getattr(rule, word) for word in words}
         self._relu_rule = {name: value for name, value in self._rule.items() if name not in ("score", "gradient")}
         self._masked = rule.gradient == "masked"
         self._min_units = self.policy.sites.min_units
-        self._eval_ratio = (
-            None
-            if rule.eval_keep_ratio == "current"
-            else torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
-        )
+        self._eval_ratio: Tensor | None = None
+        if rule.eval_keep_ratio != "current":
+            self._eval_ratio = torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
         self._dense_in_eval = rule.eval_keep_ratio == 1.0
         self.network: NetworkThreshold | None = None
         if rule.scope == "network":
@@ -157,16 +148,17 @@ class TopKGate:
     @contextmanager
     def forcing(self, keep_ratio: float) -> Iterator[None]:
         """Let all rows run at a ratio; see ``at_keep_ratio``."""
-        with self._budget.forcing(keep_ratio):
+        try:
+            with self._budget.forcing(keep_ratio):
+                self._aim()
+                yield
+        finally:
             self._aim()
-            yield
-        self._aim()
 
     def sample_next(self) -> None:
         """From now on note, in train mode and outside of ``at_keep_ratio``, which calls of the gate cut anything.
 
-        The operators do so themselves: compiled code and fused ReLUs are seen too. It costs two passes over each
-        activation until ``take_sample``, and nothing afterwards.
+        Compiled code does too. It costs two passes over each activation until ``take_sample``.
         """
         sampling.begin(self.keep_ratio)
 
@@ -322,8 +314,13 @@ class TopKGate:
         """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
         self._root = weakref.ref(root)
 
+    @property
+    def root(self) -> nn.Module | None:
+        """The model it belongs to; ``None`` if that is gone, or came out of a file and was not asked for yet."""
+        return self._root() if self._root is not None else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TopKGate:
-        root = self._root() if self._root is not None else None
+        root = self.root
         if root is not None and id(root) not in memo:
             # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
             return self

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from regimewrap.gate.gate import GATE_ATTRIBUTE, Site, TopKGate, gate_of, whole_of
-from regimewrap.sites import catalog
+from regimewrap.policy.policy import SitePolicy
+from regimewrap.sites.census import Census
 from regimewrap.sites.choose import choose
 from regimewrap.sites.finder import Activation, find
+from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.flow.purpose import Purpose
-from regimewrap.sites.probe import Shapes, untouched
+from regimewrap.sites.probe import untouched
+from regimewrap.sites.read.memory import remembering
+from regimewrap.sites.survey import Verdict
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,53 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
         **kwargs: passed to the model.
 
     Returns:
-        The coverage; print it. Buffers, random number generators and what watches the gate are as they were.
+        The coverage; print it. Buffers, random number generators and what watches the gate are as they were. Each name
+        in it may stand in ``sites.exclude`` or ``sites.include``.
 
     Raises:
         NotWrappedError: the model is not wrapped.
+        WrapError: lazy layers would have to be made, and the model cannot be copied.
     """
+    with remembering():
+        return watched(model, args, kwargs)[0]
+
+
+def watched(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], verdicts: Sequence[Verdict] = ()
+) -> tuple[Coverage, Any]:
+    """Return the coverage of one forward pass, and what the model returned; ``verdicts`` are those of a plan."""
     gate = gate_of(model)
     root, prefix = _root_of(model, gate)
-    census = _Census(root)
+    known = {each.activation.name: each.selected for each in verdicts}
+    planned = [each.activation for each in verdicts] or find(root)
+    gated_sites, seen, made = [], {}, {}
+
+    def saw_gate(site: Site, before: Tensor, after: Tensor) -> None:  # an Observer
+        gated_sites.append(site)
+        seen[id(before)] = before
+        if census.stack:
+            made[id(after)] = census.stack[-1], before, after
+
+    def before_gate(module: nn.Module, output: Any) -> Any:
+        inside, before, _ = made.get(id(output), (None, None, None))
+        return before if inside is module else output  # a ReLU returns what it has gated by itself
+
+    census = Census(root, planned, before_gate)
     watching = gate.observers
-    gate.observers = [census.saw_gate]
+    gate.observers = [saw_gate]
     try:
         with untouched(model), gate.uncounted(), torch.compiler.set_stance("force_eager"), census.watching():
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
     finally:
         gate.observers = watching
-    gated = dict.fromkeys(site.name for site in census.gated_sites)
+    judge = _Judge(root, planned, census, gate.policy.sites, known)
+    gated = dict.fromkeys(site.name for site in gated_sites)
     idle = [site.name for site in gate.sites if site.name not in gated and f"{site.name}.".startswith(prefix)]
     sites = {site.name for site in gate.sites}
-    escaped = {each.name: census.reason(each, sites) for each in census.escaped(gate.policy.sites)}
-    bypassed, reasons = census.why_idle([name for name in idle if name not in escaped])
+    escaped = {each.name: judge.reason(each, sites) for each in judge.escaped(seen)}
+    bypassed, reasons = judge.why_idle([name for name in idle if name not in escaped])
     escaped |= bypassed
-    return Coverage(tuple(gated), tuple(escaped), tuple(idle), reasons | escaped)
+    return Coverage(tuple(gated), tuple(escaped), tuple(idle), reasons | escaped), output
 
 
 def _root_of(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str]:
@@ -90,95 +117,51 @@ def _root_of(model: nn.Module, gate: TopKGate) -> tuple[nn.Module, str]:
     return root, next(f"{path}." for path, module in root.named_modules() if module is model)
 
 
-class _Census(TorchFunctionMode):
-    """Every activation that runs, and every tensor that a gate sees."""
+class _Judge:
+    """Tells which of the activations that ran escaped, and why."""
 
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.gated_sites: list[Site] = []
-        self._root = root
-        self._paths = {id(module): path for path, module in root.named_modules()}
-        self._stack: list[nn.Module] = []
-        self._called: set[str] = set()
-        # Tensors are kept, so that no other one takes their identity meanwhile.
-        self._ran: list[tuple[Activation, Any]] = []
-        self._seen: dict[int, Tensor] = {}
-        self._made: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
-        self._shapes = Shapes()
+    def __init__(
+        self,
+        root: nn.Module,
+        planned: list[Activation],
+        census: Census,
+        policy: SitePolicy,
+        known: Mapping[str, bool],
+    ) -> None:
+        self._root, self._planned, self._ran, self._called = root, planned, census.ran, census.called
+        self._policy, self._known_to_plan = policy, known
+        self._purpose = functools.cache(lambda: Purpose(Dataflow(root), census.shapes))
 
-    def saw_gate(self, site: Site, before: Tensor, after: Tensor) -> None:  # an Observer
-        self.gated_sites.append(site)
-        self._seen[id(before)] = before
-        if self._stack:
-            self._made[id(after)] = self._stack[-1], before, after
+    def _selects(self, activation: Activation) -> bool:
+        known = self._known_to_plan.get(activation.name)
+        return choose(self._policy, activation, self._purpose())[0] if known is None else known
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        kind = catalog.FUNCTIONS.get(func)
-        if kind is None and getattr(torch.Tensor, name, None) is func:
-            kind = catalog.TENSOR_METHODS.get(name)
-        inside = self._stack[-1] if self._stack else self._root
-        if kind is not None and catalog.kind_of_module(inside) is None:
-            path = self._paths.get(id(inside), type(inside).__name__)
-            self._ran.append((Activation(f"{path}.{name}" if path else name, name, kind, path), result))
-        return result
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        handles = [
-            register_module_forward_pre_hook(lambda module, args: self._stack.append(module)),  # noqa: ARG005
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack and self._stack[-1] is module:
-            self._stack.pop()
-        if id(module) in self._paths:
-            self._called.add(self._paths[id(module)])
-            self._shapes.record(self._paths[id(module)], args, output)
-        inside, before, _ = self._made.get(id(output), (None, None, None))
-        if inside is module:  # a ReLU returns what it has gated by itself
-            output = before
-        kind = catalog.kind_of_module(module)
-        if kind is not None:
-            label = type(module).__name__
-            path = self._paths.get(id(module))
-            if path is None and self._stack:  # made during the pass, by the code of the module around it
-                around = self._paths.get(id(self._stack[-1]), "")
-                made = Activation(f"{around}.{label}" if around else label, label, kind, around)
-                self._ran.append((made, output))
-            else:
-                path = path if path is not None else label
-                self._ran.append((Activation(path, label, kind, path), output))
-
-    def escaped(self, policy: Any) -> Iterator[Activation]:
-        planned, purpose = find(self._root), Purpose(self._root, self._shapes)
-        for activation, output in self._ran:
-            if id(output) in self._seen:
+    def escaped(self, seen: Mapping[int, Tensor]) -> Iterator[Activation]:
+        """Yield what the policy selects and no gate saw."""
+        for activation, output, planned in self._ran:
+            if id(output) in seen:
                 continue
-            # The plan knows a called function by its method too, and the policy may have left it alone by that name.
-            known = [
-                each
-                for each in planned
-                if each.method is not None
-                and each.module == activation.module
-                and each.call
-                and (each.call.short == activation.label or (_is_made(activation) and each.kind == activation.kind))
-            ]
-            if any(choose(policy, each, purpose)[0] for each in known or [activation]):
+            known = [] if planned else self._known(activation)
+            if all(map(self._selects, known or [activation])):
+                yield known[0] if len(known) == 1 else activation
+        ran = {each.activation.module for each in self._ran}
+        for activation in self._planned:
+            hidden = activation.problem is not None and activation.call is None and activation.module not in ran
+            if hidden and self._entered(activation.module) and self._selects(activation):
                 yield activation
-        seen = {activation.module for activation, _ in self._ran}
-        for activation in planned:
-            hidden = activation.problem is not None and activation.method is None and activation.module not in seen
-            if hidden and self._entered(activation.module) and choose(policy, activation, purpose)[0]:
-                yield activation
+
+    def _known(self, activation: Activation) -> list[Activation]:
+        """Return what the plan may call an activation that ran in code it does not know, such as a traced method.
+
+        Of several calls of one function it cannot be told which this was: one that was left alone may be.
+        """
+        return [
+            each
+            for each in self._planned
+            if each.call is not None
+            and each.module == activation.module
+            and (each.call.short == activation.label or (_is_made(activation) and each.kind == activation.kind))
+        ]
 
     def reason(self, activation: Activation, sites: Set[str]) -> str:
         """Say why an activation escaped, and what to do about it."""
@@ -207,6 +190,8 @@ class _Census(TorchFunctionMode):
             gone = not hasattr(module, parts[len(path.split(".")) if path else 0])
             kind = type(module).__name__
             replaced = module is not None and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+            # A forward that leads to other sites of the module is the module's own.
+            replaced = replaced and not any(self._is_own_call(site.name, path, module) for site in self.gated_sites)
             if replaced:
                 bypassed[name] = (
                     f"the forward of {path or 'the model'} ({kind}) has been replaced, by a fused kernel perhaps, "
@@ -222,6 +207,12 @@ class _Census(TorchFunctionMode):
             else:
                 idle[name] = "its part of the model did not run"
         return bypassed, idle
+
+    @staticmethod
+    def _is_own_call(name: str, path: str, module: nn.Module | None) -> bool:
+        """Whether a site is a call in a method of the module with this path."""
+        inside = name.removeprefix(f"{path}." if path else "")
+        return (inside != name or not path) and inside.partition(".")[0] not in getattr(module, "_modules", ())
 
     def _entered(self, path: str) -> bool:
         """Whether a module ran; of scripted ones only the outermost is seen."""
@@ -239,4 +230,4 @@ class _Census(TorchFunctionMode):
 
 def _is_made(activation: Activation) -> bool:
     """Say whether an activation that ran is a module that the tree of modules does not have."""
-    return activation.label[:1].isupper() and activation.name != activation.module
+    return activation.call is None and activation.label[:1].isupper() and activation.name != activation.module

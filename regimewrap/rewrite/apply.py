@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from regimewrap.gate.gate import GATE_ATTRIBUTE, SiteGate, TopKGate
-from regimewrap.rewrite import graph, hook, rebind, share
+from regimewrap.rewrite import graph, runtime, share
 from regimewrap.sites.plan import Plan
 
 
@@ -19,42 +19,42 @@ def apply(model: nn.Module, plan: Plan, gate: TopKGate) -> None:
     Raises:
         Exception: whatever went wrong; the model is then as it was.
     """
-    gates = {row.name: SiteGate(gate, row.site) for row in plan.rows if row.site is not None}
-    hooked = {row.activation.module: gates[row.name] for row in plan.gated if row.mechanism == "hook"}
+    hooked = {row.name: row.activation.module for row in plan.gated if row.mechanism == "hook"}
+    gates: dict[str, SiteGate] = {}
+    for row in plan.gated:
+        if row.site is not None:
+            kind = runtime.ModuleGate if row.name in hooked and row.activation.module in plan.recipes else SiteGate
+            gates[row.name] = kind(gate, row.site)
     try:
-        share.replace_shared(model, map(model.get_submodule, filter(None, hooked)))
-        for path, site_gate in hooked.items():
-            hook.attach(model.get_submodule(path), site_gate)
-        for path, rebinding in plan.recipes.items():
-            module, called = model.get_submodule(path), tuple(gates[name] for name in rebinding.sites)
+        share.replace_shared(model, map(model.get_submodule, filter(None, hooked.values())))
+        for name, path in hooked.items():
+            runtime.attach_hook(model.get_submodule(path), gates[name])
+        for path, change in plan.recipes.items():
+            module = model.get_submodule(path)
             if isinstance(module, fx.GraphModule):
-                graph.gate_graph_module(module, [rebinding.nodes] * len(graph.graphs_of(module)), called)
+                graph.gate_graph_module(module, change.nodes, gates)
             else:
-                rebind.rebind(module, rebinding.methods, called)
-        _guard_encoders(model)
+                called = {key: gates[name] for key, name in change.sites.items()}
+                runtime.attach_sites(module, runtime.Sites(called, change.parts))
         gate.sites = tuple(each.site for each in gates.values())
         gate.anchor(model)
         model.__dict__[GATE_ATTRIBUTE] = gate
+        model.__dict__[runtime.SCRIPTING] = runtime.refuse_scripting
     except BaseException:
         undo(model)
         raise
-
-
-def _guard_encoders(model: nn.Module) -> None:
-    """Keep encoders of gated layers from packing their input into nested tensors while the gate has something to do."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and not rebind.is_rebound(module):
-            gates = next((rebind.gates_of(each) for each in module.modules() if rebind.is_rebound(each)), ())
-            if gates:
-                rebind.rebind(module, (), gates)
 
 
 def undo(model: nn.Module) -> None:
     """Remove everything that ``apply`` put on ``model`` or on any module in it."""
     share.put_back(model)
     for module in list(model.modules()):
-        hook.detach(module)
-        rebind.release(module)
+        runtime.detach(module)
         if isinstance(module, fx.GraphModule):
             graph.ungate_graph_module(module)
         module.__dict__.pop(GATE_ATTRIBUTE, None)
+
+
+def any_hooks() -> bool:
+    """Say whether any model, also a copy or one that was read from a file, has hooks of ours."""
+    return bool(runtime.GateHook.alive)

@@ -17,11 +17,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from regimewrap.errors import NoSitesError, WrapError
 from regimewrap.gate.gate import GATE_ATTRIBUTE, Site, SiteGate, TopKGate
 from regimewrap.policy.policy import PolicyLike, RegimePolicy
-from regimewrap.rewrite.graph import TwoModes, gate_graph_module, graphs_of
+from regimewrap.rewrite.graph import TwoModes, gate_graph_module
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose, site_for
 from regimewrap.sites.finder import Activation
+from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.flow.purpose import Purpose
+from regimewrap.sites.read.graphs import graphs_of
 
 
 class InsertGates(PassBase):
@@ -39,18 +41,17 @@ class InsertGates(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Insert the gates; ``modified`` says whether there was anything to gate."""
         sites: dict[str, Site] = {}
-        indices: list[dict[str, int]] = []
-        purpose = Purpose(graph_module)
+        names: dict[str, str] = {}
+        purpose = Purpose(Dataflow(graph_module))
         for graph in graphs_of(graph_module):
-            indices.append({})
             for node in graph.nodes:
                 site = self._site(node, graph_module, purpose)
                 if site is not None:
                     sites.setdefault(site.name, site)
-                    indices[-1][node.name] = list(sites).index(site.name)
+                    names[node.name] = site.name
         if not sites:
             return PassResult(graph_module, modified=False)
-        gate_graph_module(graph_module, indices, [SiteGate(self.gate, site) for site in sites.values()])
+        gate_graph_module(graph_module, names, {name: SiteGate(self.gate, site) for name, site in sites.items()})
         self.gate.sites = tuple(sites.values())
         self.gate.anchor(graph_module)
         graph_module.__dict__[GATE_ATTRIBUTE] = self.gate
@@ -62,7 +63,7 @@ class InsertGates(PassBase):
             return None
         name = str(node.target) if node.op == "call_module" else node.name
         found = Activation(name, name, kind, name if node.op == "call_module" else "")
-        return site_for(self.policy, found, module) if choose(self.policy.sites, found, purpose)[0] else None
+        return site_for(self.policy, found, purpose) if choose(self.policy.sites, found, purpose)[0] else None
 
 
 def insert_gates(module: nn.Module, policy: PolicyLike | None = None) -> fx.GraphModule:

@@ -7,10 +7,11 @@ gate them all, so the model that is wrapped gets a shallow copy in its place, an
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import sys
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from torch import nn
@@ -24,8 +25,8 @@ _REFERENCES_HERE = 3
 def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
     """Return the ids of the activations that something outside ``model`` refers to.
 
-    Only what other models could be built from counts: dictionaries, lists, tuples and attributes (other modules'
-    children, globals, default arguments, settings); local variables do not.
+    Anything counts that other models could be built from: other modules, globals, default arguments, settings,
+    closures, objects with slots; local variables do not.
     """
     own, explained = _explained(model)
 
@@ -37,39 +38,48 @@ def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
         gc.collect(1)  # what planning left behind in cycles
     suspects = suspected()
     wanted = {id(each) for each in suspects}
-    if not suspects or gc.get_freeze_count():  # nobody can say who is among the frozen objects, and a copy is cheap
+    if not suspects or gc.get_freeze_count():  # nothing says who is among the frozen objects, and a copy is cheap
         return wanted
     found: set[int] = set()
+    own |= {id(activations), id(suspects)}
     for holder in gc.get_referrers(*suspects):
-        if isinstance(holder, types.FrameType) or id(holder) in own or holder is activations or holder is suspects:
-            continue
-        if type(holder) in (list, tuple):
-            found.update(id(each) for each in holder if id(each) in wanted)
-        else:
-            values = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
-            found.update(id(each) for each in values.values() if id(each) in wanted)
+        if id(holder) not in own and not isinstance(holder, _RUNNING):
+            found.update(id(each) for each in gc.get_referents(holder) if id(each) in wanted)
     return found
 
 
+#: What has local variables.
+_RUNNING = (types.FrameType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+
 def _explained(model: nn.Module) -> tuple[set[int], Counter[int]]:
-    """Return the ids of the containers in a model, and how often what has an id is referred to in it."""
+    """Return the ids of what holds things in a model, and how often what has an id is referred to from there."""
     own: set[int] = set()
     explained: Counter[int] = Counter()
-    for module in model.modules():
-        own.update((id(module), id(module.__dict__)))
-        for value in module.__dict__.values():
-            if isinstance(value, dict | list | tuple):
-                if value:
-                    own.add(id(value))
-                    explained.update(map(_referred, value.values() if isinstance(value, dict) else value))
-            elif isinstance(value, nn.Module | types.MethodType):
-                explained[_referred(value)] += 1
+    ahead: list[object] = [each for module in model.modules() for each in (module, module.__dict__)]
+    while ahead:
+        holder = ahead.pop()
+        if id(holder) in own or (isinstance(holder, tuple | frozenset) and not holder):
+            continue  # the empty tuple is everybody's
+        own.add(id(holder))
+        if isinstance(holder, nn.Module):
+            continue  # its dictionary is ahead
+        if isinstance(holder, dict):
+            values = list(holder.values())
+        elif isinstance(holder, types.FunctionType):
+            values = [*(holder.__closure__ or ()), holder.__dict__]
+        else:
+            values = gc.get_referents(holder)
+        explained.update(map(id, values))
+        ahead += [each for each in values if isinstance(each, _CONTAINERS) and id(each) not in own]
     return own, explained
 
 
-def _referred(value: object) -> int:
-    """The id of what an attribute refers to; modules hold methods of themselves as functions to call."""
-    return id(value.__self__ if isinstance(value, types.MethodType) else value)
+#: What a model may keep its parts in; modules hold methods of themselves, and functions around these, to be called.
+_CONTAINERS = (
+    *(dict, list, tuple, set, frozenset, deque),
+    *(types.MethodType, functools.partial, types.FunctionType, types.CellType),
+)
 
 
 def replace_shared(model: nn.Module, activations: Iterable[nn.Module]) -> None:

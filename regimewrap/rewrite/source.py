@@ -1,10 +1,10 @@
-"""The third mechanism: call sites rewritten in a method's syntax tree, where a trace would freeze something.
+"""A function's syntax tree in, new code for it out: the chosen calls pass through the gates of the module at hand.
 
-Branches, loops, randomness and mutation stay what they are: of the whole method only ``F.gelu(x)`` becomes
-``self._regimewrap_gate(F.gelu(x), 0)``, and ``F.relu(x)`` ``self._regimewrap_relu(F.relu, x, 0)``. Closures,
-``super()``, decorators, defaults, mangled names and the line numbers in tracebacks are kept. Before a method is touched
-its unchanged source is compiled and compared with the code that runs, so that a file that was edited meanwhile is
-noticed. A plain function that a method calls gets the same treatment in a copy, which the method calls instead.
+Branches, loops, randomness and mutation stay what they are. The new code begins by asking its module for ``Sites``. On
+a module without, the function's own body follows; else the same body, in which ``F.gelu(x)`` has become
+``_regimewrap.at(_regimewrap_self, key, F.gelu(x))``. Signature, free variables, mangled names and the line numbers in
+tracebacks are the same. Before anything is built the unchanged source is compiled and compared with the code that runs,
+so that a file that was edited meanwhile is noticed. Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -14,199 +14,233 @@ import ast
 import copy
 import dis
 import functools
+import hashlib
 import types
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
-from regimewrap.rewrite.rebind import COPY_METHOD, GATE_METHOD, RELU_METHOD
+from regimewrap.gate.gate import SITES_ATTRIBUTE
 from regimewrap.sites.read.calls import in_place_target
-from regimewrap.sites.read.code import Scope, Span, body_of, parse, span_of
+from regimewrap.sites.read.code import Scope, Span, body_of, code_of, parse, span_of
 
 _FUTURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 
-#: In the copy of a plain function: the module whose gates it calls, and functions with their copies.
-_SELF = "_regimewrap_self"
-_COPY = "_regimewrap_copy_{}"
+#: In new code: the sites of its module, and that module, whatever becomes of the name ``self``.
+_SITES, _SELF = "_regimewrap", "_regimewrap_self"
 
 _INCIDENTAL = {"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "PUSH_NULL"}
 
 
 class NotRewritableError(Exception):
-    """A method's source cannot be rewritten; the text says why. Stays inside ``rewrite`` and ``wrap``."""
+    """A function's code cannot be rewritten; the text says why. Stays inside ``rewrite`` and ``wrap``."""
 
 
 @dataclass(frozen=True)
-class Redirect:
-    """A plain function of which a method calls a copy with gates in it; the function itself stays as it is.
+class Edits:
+    """What changes in the code of one function, each by where it stands.
 
     Attributes:
-        function: the function, at the top level of a module, so that a file can name it.
-        spans: where it is called.
-        recipe: what becomes of its own code. The copy takes the module whose gates it calls before all arguments.
+        gated: calls whose result passes a gate.
+        relus: those among them that may be one operation with their gate.
+        kept: calls whose result the function drops because they work in place; it is assigned instead.
+        copied: calls of plain functions that are called in a copy with gates.
+        idle: names of attributes that allow torch's own fused kernels, which read False while a gate acts.
     """
 
-    function: types.FunctionType
-    spans: tuple[Span, ...]
-    recipe: SourceRecipe
+    gated: frozenset[Span] = frozenset()
+    relus: frozenset[Span] = frozenset()
+    kept: frozenset[Span] = frozenset()
+    copied: frozenset[Span] = frozenset()
+    idle: frozenset[str] = frozenset()
+
+    def __or__(self, other: Edits) -> Edits:
+        return Edits(*(getattr(self, each.name) | getattr(other, each.name) for each in fields(self)))
 
 
-@dataclass(frozen=True)
-class SourceRecipe:
-    """Which calls of a method, or of a plain function, go through the gate.
+def key_of(home: str, span: Span) -> str:
+    """Return what new code calls a site, or the copy of a function: the same in every process."""
+    return f"{home}:{'-'.join(map(str, span))}"
 
-    Attributes:
-        owner: name of the class that defines the method, for mangled names; empty for a plain function.
-        gated: where each call stands, with the index of its site gate.
-        kept: where calls stand whose result the method drops because they work in place; it is assigned instead.
-        relus: where calls stand, among ``gated``, of a ReLU that may be one operation with its gate.
-        redirects: the plain functions that are called in a copy with gates.
+
+def digest_of(function: types.FunctionType) -> str:
+    """Return what tells a function's source from another, for what is read from a file later."""
+    tree = parse(function)
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16] if tree is not None else ""
+
+
+def rewritten(function: types.FunctionType, owner: str, home: str, edits: Edits) -> types.CodeType:
+    """Return new code for a function, which may take the place of its own.
+
+    Args:
+        function: as it was defined, below its decorators.
+        owner: name of the class that defines it, for mangled names.
+        home: what the keys of its sites begin with.
+        edits: what changes.
+
+    Raises:
+        NotRewritableError: the source is not what runs, or it cannot be dealt with.
     """
-
-    owner: str
-    gated: tuple[tuple[Span, int], ...]
-    kept: tuple[Span, ...] = ()
-    relus: tuple[Span, ...] = ()
-    redirects: tuple[Redirect, ...] = ()
-
-    def build(self, original: types.FunctionType) -> types.FunctionType:
-        """Return the rewritten function, inside the same decorators.
-
-        Raises:
-            NotRewritableError: the source is not what runs, or it or a decorator cannot be dealt with.
-        """
-        function = body_of(original)
-        tree = parse(function)
-        if tree is None:
-            raise NotRewritableError("it has no readable source")
-        if not _same(_compile(tree, function, self.owner), function.__code__):
-            raise NotRewritableError("its source is not the code that runs (was the file edited after the import?)")
-        rewriter = _Rewriter(self, function.__code__.co_varnames[0] if self.owner else _SELF)
-        edited = rewriter.visit(copy.deepcopy(tree))
-        if rewriter.gated or rewriter.kept or rewriter.redirected:
-            raise NotRewritableError("its source has changed since the plan was made")
-        if not self.owner:
-            _require_passing_on(original)
-            edited.args.posonlyargs.insert(0, ast.copy_location(ast.arg(_SELF), edited))
-        copies = {
-            _COPY.format(place): types.CellType((each.function, rewritten(each.recipe, each.function)))
-            for place, each in enumerate(self.redirects)
-        }
-        code = _compile(edited, function, self.owner, tuple(copies))
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)) | copies
-        closure = tuple(cells[name] for name in code.co_freevars)
-        new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-        new.__kwdefaults__ = function.__kwdefaults__
-        return _in_decorators(original, function, new)
+    tree = _tree(function, owner)
+    if "locals" in code_of(function).co_names:
+        raise NotRewritableError("it asks for locals(), which would show two more")
+    body = _edited(tree, home, edits).body
+    first = tree.args.posonlyargs + tree.args.args
+    itself = first[0].arg if first else f"{tree.args.vararg.arg}[0]" if tree.args.vararg is not None else None
+    if itself is None:
+        raise NotRewritableError("it has no argument for the object")
+    documented = ast.get_docstring(tree, clean=False) is not None
+    prologue = ast.parse(
+        # torch.compile does not guard what is read from self.__dict__ and not there.
+        f"{_SITES}, {_SELF} = getattr({itself}, {SITES_ATTRIBUTE!r}, None), {itself}\nif {_SITES} is None: return"
+    ).body
+    for node in prologue:
+        for each in ast.walk(node):
+            ast.copy_location(each, tree)
+    own, new = copy.deepcopy(tree), copy.deepcopy(tree)
+    prologue[1].body[:0] = own.body[documented:]  # type: ignore[attr-defined]
+    new.body = [*own.body[:documented], *prologue, *(_Undeclared().visit(each) for each in body[documented:])]
+    code = _compile(new, function, owner)
+    if code.co_freevars != code_of(function).co_freevars:
+        raise NotRewritableError("its free variables would be others")
+    return code
 
 
-@functools.lru_cache(maxsize=1024)
-def rewritten(recipe: SourceRecipe, original: types.FunctionType) -> types.FunctionType:
-    """Return what ``recipe.build(original)`` gave the first time, to be called and traced but not changed."""
-    return recipe.build(original)
+def copied(function: types.FunctionType, home: str, edits: Edits) -> types.FunctionType:
+    """Return a copy of a plain function, inside the same decorators, that takes sites and their module before all else.
+
+    Raises:
+        NotRewritableError: as ``rewritten``; or a decorator cannot be dealt with.
+    """
+    body = body_of(function)
+    edited = _edited(_tree(body, ""), home, edits)
+    _require_passing_on(function)
+    names = [ast.copy_location(ast.arg(name), edited) for name in (_SITES, _SELF)]
+    edited.args.posonlyargs[:0] = names
+    new = types.FunctionType(
+        _compile(edited, body, ""), body.__globals__, body.__name__, body.__defaults__, body.__closure__
+    )
+    new.__kwdefaults__ = body.__kwdefaults__
+    return _in_decorators(function, body, new)
+
+
+def _tree(function: types.FunctionType, owner: str) -> ast.FunctionDef:
+    tree = parse(function)
+    if tree is None:
+        raise NotRewritableError("it has no readable source")
+    if _essence(_compile(tree, function, owner)) != _essence(code_of(function)):
+        raise NotRewritableError("its source is not the code that runs (was the file edited after the import?)")
+    return tree
+
+
+def _edited(tree: ast.FunctionDef, home: str, edits: Edits) -> ast.FunctionDef:
+    rewriter = _Rewriter(home, edits)
+    edited: ast.FunctionDef = rewriter.visit(copy.deepcopy(tree))
+    if rewriter.done != edits.gated | edits.kept | edits.copied:
+        raise NotRewritableError("its source has changed since the plan was made")
+    return edited
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, recipe: SourceRecipe, self_name: str) -> None:
-        self.gated = dict(recipe.gated)
-        self.kept = set(recipe.kept)
-        self._relus = set(recipe.relus)
-        self.redirected = {
-            span: _COPY.format(place) for place, each in enumerate(recipe.redirects) for span in each.spans
-        }
-        self._self = self_name
-        self._depth = 0
+    def __init__(self, home: str, edits: Edits) -> None:
+        self.done: set[Span] = set()
+        self._home = home
+        self._edits = edits
+
+    def _call(self, method: str, at: ast.expr, arguments: list[ast.expr], keywords: list[ast.keyword] = []) -> ast.Call:  # noqa: B006  read only
+        """Return ``_regimewrap.method(_regimewrap_self, key, *arguments)``, at the place of a node."""
+        self.done.add(span_of(at))
+        key = ast.Constant(key_of(self._home, span_of(at)))
+        callee = ast.Attribute(ast.Name(_SITES, ast.Load()), method, ast.Load())
+        call = ast.Call(callee, [ast.Name(_SELF, ast.Load()), key, *arguments], keywords)
+        return ast.fix_missing_locations(ast.copy_location(call, at))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         span = span_of(node)
-        index = self.gated.pop(span, None)
-        name = self.redirected.pop(span, None)
         self.generic_visit(node)
-        if name is not None:
-            method = ast.Attribute(ast.Name(self._self, ast.Load()), COPY_METHOD, ast.Load())
-            node.func = ast.copy_location(ast.Call(method, [node.func, ast.Name(name, ast.Load())], []), node.func)
-            return ast.fix_missing_locations(node)
-        if index is None:
+        if span in self._edits.copied:
+            node.func = self._call("copy", node, [node.func])
+        if span not in self._edits.gated:
             return node
-        arguments: list[ast.expr] = [node]
-        keywords: list[ast.keyword] = []
-        if span in self._relus:
-            # F.relu(x, inplace=False), or x.relu()
-            of_tensor = not node.args and isinstance(node.func, ast.Attribute)
-            arguments = [ast.Constant("torch.relu"), node.func.value] if of_tensor else [node.func, *node.args]  # type: ignore[attr-defined]
-            keywords = node.keywords
-        name = RELU_METHOD if span in self._relus else GATE_METHOD
-        method = ast.Attribute(ast.Name(self._self, ast.Load()), name, ast.Load())
-        gate = ast.Call(method, [*arguments, ast.Constant(index)], keywords)
-        return ast.fix_missing_locations(ast.copy_location(gate, node))
+        if span not in self._edits.relus:
+            return self._call("at", node, [node])
+        # F.relu(x, inplace=False), or x.relu()
+        of_tensor = not node.args and isinstance(node.func, ast.Attribute)
+        arguments = [ast.Constant("relu"), node.func.value] if of_tensor else [node.func, *node.args]  # type: ignore[attr-defined]
+        return self._call("relu", node, arguments, node.keywords)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        index = self.gated.pop(span_of(node), None)
         self.generic_visit(node)
-        if index is None:
+        return self._call("at", node, [node]) if span_of(node) in self._edits.gated else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr not in self._edits.idle or not isinstance(node.ctx, ast.Load):
             return node
-        method = ast.Attribute(ast.Name(self._self, ast.Load()), GATE_METHOD, ast.Load())
-        return ast.fix_missing_locations(ast.copy_location(ast.Call(method, [node, ast.Constant(index)], []), node))
+        callee = ast.Attribute(ast.Name(_SITES, ast.Load()), "while_idle", ast.Load())
+        call = ast.Call(callee, [ast.Name(_SELF, ast.Load()), node], [])
+        return ast.fix_missing_locations(ast.copy_location(call, node))
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        keep = isinstance(node.value, ast.Call) and span_of(node.value) in self.kept
-        target = in_place_target(node.value) if keep and isinstance(node.value, ast.Call) else None
-        if keep:
-            self.kept.remove(span_of(node.value))
+        span = span_of(node.value)
+        target = in_place_target(node.value) if span in self._edits.kept and isinstance(node.value, ast.Call) else None
         self.generic_visit(node)
         if target is None:
             return node
+        self.done.add(span)
         assign = ast.Assign([ast.Name(target, ast.Store())], node.value)
         return ast.fix_missing_locations(ast.copy_location(assign, node))
 
+
+class _Undeclared(ast.NodeTransformer):
+    """Drops a function's declarations, which stand in the first copy of its body and may not come after a use."""
+
+    def visit_Global(self, node: ast.Global) -> ast.AST:
+        return ast.copy_location(ast.Pass(), node)
+
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> ast.AST:
+        return ast.copy_location(ast.Pass(), node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return self._function(node)
+        return node  # those inside are its own
 
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
-        return self._function(node)
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        return node
 
-    def _function(self, node: Any) -> ast.AST:
-        arguments = node.args
-        names = {each.arg for each in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
-        if self._depth and self._self in names:
-            raise NotRewritableError(f"an inner function has an argument {self._self!r} of its own")
-        self._depth += 1
-        self.generic_visit(node)
-        self._depth -= 1
-        result: ast.AST = node
-        return result
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node
 
 
-def _compile(
-    tree: ast.FunctionDef, function: types.FunctionType, owner: str, more: tuple[str, ...] = ()
-) -> types.CodeType:
-    """Compile a tree in a place like its own: in a class, with the same free variables and some more, at its lines."""
+def _compile(tree: ast.FunctionDef, function: types.FunctionType, owner: str) -> types.CodeType:
+    """Compile a tree in a place like its own: in a class, with the same free variables, at its lines."""
     owner = owner or "_"  # in a class of this name nothing is mangled
-    outer = ", ".join(name for name in (*function.__code__.co_freevars, *more) if name != "__class__")
+    original = code_of(function)
+    outer = ", ".join(name for name in original.co_freevars if name.isidentifier() and name != "__class__")
     # The class must not be a variable of the factory, unless it is one where the method was defined.
-    around = "pass" if owner in function.__code__.co_freevars else f"global {owner}"
+    around = "pass" if owner in original.co_freevars else f"global {owner}"
     home = ast.parse(f"def factory({outer}):\n {around}\n class {owner}:\n  pass")
-    method = copy.deepcopy(tree)
-    method.decorator_list = []
+    method = copy.deepcopy(tree)  # with its decorators, whose first line is that of its code
     method.returns = None
+    if hasattr(method, "type_params"):
+        method.type_params = []  # where they are used they are free variables
     # Defaults and annotations belong to the function object, which keeps its own.
     arguments = method.args
     arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
     for each in ast.walk(arguments):
         if isinstance(each, ast.arg):
             each.annotation = None
-    ast.increment_lineno(method, function.__code__.co_firstlineno - 1)
+    ast.increment_lineno(method, original.co_firstlineno - 1)
     home.body[0].body[1].body = [method]  # type: ignore[attr-defined]
-    flags = function.__code__.co_flags & _FUTURES
-    code: types.CodeType = compile(home, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    flags = original.co_flags & _FUTURES
+    code: types.CodeType = compile(home, original.co_filename, "exec", flags=flags, dont_inherit=True)
     for name in ("factory", owner, tree.name):
         code = next(each for each in code.co_consts if isinstance(each, types.CodeType) and each.co_name == name)
-    return code.replace(co_qualname=function.__code__.co_qualname)
+    return _renamed(code, code.co_qualname, original.co_qualname)
 
 
-def _same(a: types.CodeType, b: types.CodeType) -> bool:
-    return _essence(a) == _essence(b)
+def _renamed(code: types.CodeType, old: str, new: str) -> types.CodeType:
+    constants = (_renamed(each, old, new) if isinstance(each, types.CodeType) else each for each in code.co_consts)
+    return code.replace(co_qualname=new + code.co_qualname.removeprefix(old), co_consts=tuple(constants))
 
 
 def _essence(code: types.CodeType) -> list[object]:
@@ -233,14 +267,14 @@ def _in_decorators(outer: types.FunctionType, inner: types.FunctionType, new: ty
     cells = [types.CellType(replaced) if _holds(cell, below) else cell for cell in outer.__closure__ or ()]
     if cells == list(outer.__closure__ or ()):
         raise NotRewritableError(f"a decorator ({outer.__code__.co_qualname}) hides it")
-    copied = types.FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells))
-    copied.__kwdefaults__ = outer.__kwdefaults__
-    copied.__dict__.update(outer.__dict__, __wrapped__=replaced)
-    return copied
+    wrapper = types.FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, tuple(cells))
+    wrapper.__kwdefaults__ = outer.__kwdefaults__
+    wrapper.__dict__.update(outer.__dict__, __wrapped__=replaced)
+    return wrapper
 
 
 def _require_passing_on(function: types.FunctionType) -> None:
-    """Refuse decorators that could lose a further first argument, or call something else than the function below.
+    """Refuse decorators that could lose further first arguments, or call something else than the function below.
 
     Raises:
         NotRewritableError: not every decorator certainly calls what is below with all arguments that it gets.

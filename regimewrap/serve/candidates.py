@@ -14,7 +14,7 @@ from regimewrap.gate.gate import at_keep_ratio
 from regimewrap.serve.cpu import dispatch as cpu
 from regimewrap.serve.layers import CannotSkip, LinearProduct, Product, RowsProduct, product_of
 from regimewrap.serve.partners import Link, products_seen
-from regimewrap.sites.probe import run
+from regimewrap.sites.probe import as_call, untouched
 
 #: The budget at which a layer is looked at, and the share of its input that may then be other than zero.
 _LOOK, _SPARSE = 0.05, 0.5
@@ -63,7 +63,9 @@ def candidates(model: nn.Module, example_inputs: Any) -> list[Candidate]:
         _inputs_counted([each.module for each in found]) as counts,
         products_seen(gate, linear) as sites,
     ):
-        run(model, example_inputs)
+        args, kwargs = as_call(example_inputs)
+        with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(*args, **kwargs)
     for each in found:
         units, other = counts.get(each.module, (0, 0))
         if each.product is None:

@@ -32,7 +32,7 @@ class SparseForward:
 
     def __init__(self, name: str, product: Product, served: Served) -> None:
         self.name, self.product, self.served = name, product, served
-        self.choices: dict[tuple[float, int], Choice] = {}
+        self.choices: dict[tuple[float, float, int], Choice] = {}
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  the name that torch gave it
         """Return what the layer returns."""
@@ -49,7 +49,11 @@ class SparseForward:
 
     def choice(self, gate: TopKGate, positions: int, units: int) -> Choice:
         """Return what is known at the keep ratio in force, for about this many positions."""
-        key = float(gate.keep_ratio), positions if positions <= 8 else 1 << (positions - 1).bit_length()
+        key = (
+            self.served.keep_ratio,
+            float(gate.keep_ratio),
+            positions if positions <= 8 else 1 << (positions - 1).bit_length(),
+        )
         return self.choices.get(key) or self.choices.setdefault(key, Choice(units))
 
     def _dense(self, x: Tensor) -> Tensor:
@@ -100,6 +104,7 @@ class Served:
         self.gate = gate
         self.dense_ms = self.served_ms = self.measured_ratio = math.nan
         self._model, self._found, self._calibration = model, found, calibration
+        self._ratio, self._thresholds = 1.0, gate.thresholds
         self._kind: str | None = None
         self._block, self._links = ExitStack(), Links(gate)
         self._forwards: dict[str, SparseForward] = {}
@@ -109,16 +114,20 @@ class Served:
     @property
     def keep_ratio(self) -> float:
         """The budget at which the model is served; set it at any time, layers then choose anew in their next calls."""
-        return float(self.gate.keep_ratio)
+        return self._ratio
 
     @keep_ratio.setter
     def keep_ratio(self, keep_ratio: float) -> None:
         if self.closed:
             raise ServeError("this was closed; call regimewrap.serve again.")
         ratio = require_ratio("keep_ratio", keep_ratio)
-        thresholds = None if self._calibration is None else self._calibration.thresholds(ratio)
-        self.gate.set_keep_ratio(ratio)
-        self.gate.thresholds = thresholds
+        if self._calibration is not None:
+            self.gate.set_thresholds(self._calibration.thresholds(ratio))
+        else:
+            before, self._block = self._block, ExitStack()
+            self._block.enter_context(at_keep_ratio(self._model, ratio))
+            before.close()
+        self._ratio = ratio
 
     @property
     def closed(self) -> bool:
@@ -144,6 +153,8 @@ class Served:
                 del forward.product.module.__dict__["forward"]
         self._links.close()
         self._block.close()
+        if self._calibration is not None:
+            self.gate.thresholds = self._thresholds
         self.gate.__dict__.pop(SERVED_ATTRIBUTE)
         self._forwards = {}
 
@@ -163,7 +174,6 @@ class Served:
         raise ServeError(_NOT_NOW.format("pickled"))
 
     def _open(self, keep_ratio: float) -> None:
-        self._block.enter_context(at_keep_ratio(self._model, keep_ratio))
         setattr(self.gate, SERVED_ATTRIBUTE, self)
         self.keep_ratio = keep_ratio
         for each in self._found:

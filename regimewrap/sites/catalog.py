@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import types
 from typing import Any
 
 import torch
@@ -157,9 +158,10 @@ KINDS: tuple[str, ...] = tuple(dict.fromkeys([*MODULES.values(), *FUNCTIONS.valu
 
 def kind_of_name(name: str) -> str | None:
     """Return the family that a class or function name points to, or ``None``."""
-    # NewGELUActivation, SwishMe, h_swish, gelu_python
-    plain = re.sub(r"(Activation|Me|Jit|_python|_module)$", "", name).replace("_", "").lower()
-    return NAMES.get(plain)
+    # NewGELUActivation, SwishMe, h_swish, gelu_python, SwishImplementation, MemoryEfficientSwish
+    plain = re.sub(r"(Activation|Me|Jit|_python|_module|Implementation|Function|AutoFn|Fn)$", "", name)
+    plain = re.sub(r"^(MemoryEfficient|Scaled|Fused)(?=[A-Z])", "", plain)
+    return NAMES.get(plain.replace("_", "").lower())
 
 
 def kind_of_module(module: nn.Module) -> str | None:
@@ -197,28 +199,46 @@ def _kind_after_norm(module: nn.Module) -> str | None:
 
 def fused_activation(module: nn.Module) -> str | None:
     """Return the family of an activation that torch computes inside a fused module, out of reach, or ``None``."""
-    if isinstance(module, nn.RNN):
+    if isinstance(module, nn.RNN | nn.RNNCell):
         return "relu" if module.nonlinearity == "relu" else "tanh"
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "tanh"
     cls = type(module)
-    if cls.__module__.startswith("torch.") and ".quantized" in cls.__module__:
-        return "relu" if "ReLU" in cls.__name__ else None
-    return None
+    quantizes = cls.__module__.startswith("torch.") and re.search(r"\.quantized|\.qat", cls.__module__)
+    return "relu" if quantizes and "ReLU" in cls.__name__ and not isinstance(module, nn.ReLU) else None
+
+
+def kind_of_callee(value: Any) -> str | None:
+    """Return the family of what calling an object gives: an activation module, a class of ones, or a function."""
+    kind = type(value)
+    if kind is types.BuiltinMethodType and isinstance(value.__self__, type) and value.__name__ == "apply":
+        value, kind = value.__self__, type
+    if issubclass(kind, nn.Module):
+        return kind_of_module(value)
+    if issubclass(kind, type):
+        return kind_of_name(value.__name__) if issubclass(value, torch.autograd.Function) else kind_of_class(value)
+    return kind_of_function(value)
+
+
+#: What may be asked for its name; anything else may import, or raise, when it is.
+_NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def kind_of_function(function: Any) -> str | None:
     """Return the family of an activation function (``functools.partial`` looked through), or ``None``."""
-    while isinstance(function, functools.partial):
+    while type(function) is functools.partial:
         function = function.func
+    plain = isinstance(type(function), type) and issubclass(type(function), (*_NAMED, torch_private.Overload))
+    if not plain and type(function).__module__.partition(".")[0] not in ("builtins", "torch"):
+        return None
     try:
         kind = FUNCTIONS.get(function)
     except TypeError:  # unhashable
         return None
     if kind is None and isinstance(function, torch_private.Overload):
         kind = kind_of_name(function._schema.name.rpartition(":")[2])  # aten::relu, in exported graphs
-    elif kind is None and callable(function) and not isinstance(function, type | nn.Module):
-        kind = kind_of_name(getattr(function, "__name__", ""))
+    elif kind is None and plain:
+        kind = kind_of_name(function.__name__)
     return kind
 
 
@@ -230,7 +250,7 @@ def kind_of_node(node: fx.Node, root: nn.Module | None = None) -> str | None:
         root: the module in which ``call_module`` targets are looked up; without it they are passed over.
     """
     if node.op == "call_function":
-        return kind_of_function(node.target)
+        return kind_of_callee(node.target)
     if node.op == "call_method":
         return TENSOR_METHODS.get(str(node.target))
     if node.op == "call_module" and root is not None:

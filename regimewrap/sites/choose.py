@@ -12,9 +12,10 @@ from regimewrap.errors import PolicyError
 from regimewrap.files import nearest
 from regimewrap.gate.gate import Site
 from regimewrap.policy.policy import RegimePolicy, SitePolicy
+from regimewrap.sites import catalog
 from regimewrap.sites.catalog import KINDS
 from regimewrap.sites.finder import Activation
-from regimewrap.sites.flow.layout import channel_dim_of
+from regimewrap.sites.flow.layout import AmbiguousError, channel_dim_of
 from regimewrap.sites.flow.purpose import Purpose
 
 
@@ -42,15 +43,19 @@ def choose(policy: SitePolicy, activation: Activation, purpose: Purpose) -> tupl
     return True, f"a hidden {activation.kind}{purpose.note(activation)}"
 
 
-def site_for(policy: RegimePolicy, activation: Activation, model: nn.Module) -> Site | None:
+def site_for(policy: RegimePolicy, activation: Activation, purpose: Purpose) -> Site | None:
     """Return an activation's place under the gate: its multiplier and, for position scope, its channel dimension.
 
-    ``None`` if nothing tells that dimension and the last one is no good guess: in a plain function.
+    ``None`` if nothing tells that dimension and the last one is no good guess: in a plain function, and where a method
+    calls it among layers that say different things.
     """
     dim: int | None = None
     if policy.gate.scope == "position":
         asked = policy.gate.channel_dim
-        dim = channel_dim_of(model, activation) if asked == "auto" else asked
+        try:
+            dim = channel_dim_of(purpose.flow, activation, purpose.calls(activation)) if asked == "auto" else asked
+        except AmbiguousError:
+            return None
         if dim is None and activation.through:
             return None
     scales = policy.sites.multipliers.items()
@@ -58,12 +63,23 @@ def site_for(policy: RegimePolicy, activation: Activation, model: nn.Module) -> 
     return Site(activation.name, activation.kind, scale, dim)
 
 
-def check(policy: SitePolicy, names: Sequence[str]) -> None:
+def could_run(pattern: str, model: nn.Module) -> Activation | None:
+    """Return what ``verify`` would call ``pattern``: an activation that runs, though no code of a module shows it."""
+    path, _, name = pattern.rpartition(".")
+    kind = catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name)
+    if kind is None or path not in dict(model.named_modules()):
+        return None
+    owner = path or type(model).__name__
+    return Activation(pattern, name, kind, path, problem=f"the code of {owner} does not show where it is called")
+
+
+def check(policy: SitePolicy, names: Sequence[str], model: nn.Module | None = None) -> None:
     """Refuse a policy that cannot mean what it says for a model.
 
     Args:
         policy: which activations the user wants.
         names: the names of all activations of the model.
+        model: what ``verify`` may have named in it is accepted, too.
 
     Raises:
         PolicyError: a kind is unknown, a pattern matches no activation, everything that one includes is excluded, or
@@ -79,6 +95,8 @@ def check(policy: SitePolicy, names: Sequence[str]) -> None:
     ):
         for pattern in patterns:
             if pattern != "*" and not fnmatch.filter(names, pattern):
+                if model is not None and could_run(pattern, model) is not None:
+                    continue
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
                 raise PolicyError(
                     f"sites.{field}: {pattern!r} matches no activation of this model; nearest are {', '.join(near)}."

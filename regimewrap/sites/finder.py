@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import types
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
-from types import FunctionType
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from regimewrap.sites import catalog
+from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.read.calls import Call, find_calls, find_dropped, in_place_target
 from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
+from regimewrap.sites.read.graphs import graphs_of
 from regimewrap.sites.read.helpers import Helper, calls_itself, find_helpers
+from regimewrap.sites.read.named import function_of, kind_of_short
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class Method:
     module: str
     owner: type
     name: str
+
+    @property
+    def function(self) -> types.FunctionType:
+        """The function, below its decorators."""
+        return body_of(vars(self.owner)[self.name])
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,25 @@ class Activation:
     dropped: tuple[tuple[Method, Span], ...] = ()
     problem: str | None = None
 
+    @property
+    def code(self) -> types.CodeType | None:
+        """The code that makes the call."""
+        if self.through:
+            return body_of(self.through[-1].function).__code__
+        return self.method.function.__code__ if self.method is not None else None
 
-def find(model: nn.Module) -> list[Activation]:
-    """Return a model's activations, in the order of ``named_modules``; shared modules once."""
+
+_LAZY = "its module is lazy; call the model once, then wrap it"
+
+
+def find(model: nn.Module, flow: Dataflow | None = None) -> list[Activation]:
+    """Return a model's activations, in the order of ``named_modules``; shared modules once.
+
+    Args:
+        model: read only.
+        flow: where its values go, if somebody needs that too.
+    """
+    flow = flow if flow is not None else Dataflow(model)
     modules = list(model.named_modules())
     # A hook on the activation of torch's encoder layer would switch its fused kernel off for good: gate the call.
     by_call = {id(each.activation) for _, each in modules if isinstance(each, TORCH_LAYERS)}
@@ -80,7 +105,10 @@ def find(model: nn.Module) -> list[Activation]:
         kind = catalog.kind_of_module(module)
         if kind is None:
             if type(module).__name__ not in catalog.NORM_AND_ACTIVATION:  # a normalisation without its activation
-                found.extend(_in_methods(path, module, registered))
+                inside = _in_methods(path, module, registered, flow)
+                # What a first pass makes of a lazy module is of another class, without what this one was given.
+                lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+                found.extend(replace(each, problem=_LAZY) if lazy else each for each in inside)
             continue
         label = type(module).__name__
         where = tuple(dropped[id(module)])
@@ -96,23 +124,28 @@ def _in_script(path: str, module: torch.jit.ScriptModule) -> Iterator[Activation
         yield Activation(path, label, kind, path, problem=problem)
         return
     # Children have graphs of their own; in this one they are calls of methods.
-    graph = getattr(module, "graph", None)
-    for node in (*graph.findAllNodes("prim::CallFunction"), *_aten_nodes(graph)) if graph is not None else ():
+    for name, kind in _in_script_graph(getattr(module, "graph", None)):
+        yield Activation(f"{path}.{name}" if path else name, name, kind, path, problem=problem)
+
+
+def _in_script_graph(graph: Any) -> Iterator[tuple[str, str]]:
+    """Yield name and family of the activations that a scripted graph calls."""
+    names = sorted({getattr(function, "__name__", "") for function in catalog.FUNCTIONS})
+    nodes = [node for name in names for node in graph.findAllNodes(f"aten::{name}")] if graph is not None else []
+    for node in (*(graph.findAllNodes("prim::CallFunction") if graph is not None else ()), *nodes):
         called = next(node.inputs()).node().s("name") if node.kind() == "prim::CallFunction" else node.kind()
         name = called.rpartition(":")[2]
         kind = catalog.kind_of_name(name.rstrip("_"))
         if kind is not None:
-            yield Activation(f"{path}.{name}" if path else name, name, kind, path, problem=problem)
-
-
-def _aten_nodes(graph: Any) -> Iterator[Any]:
-    names = {getattr(function, "__name__", "") for function in catalog.FUNCTIONS}
-    return (node for name in sorted(names) for node in graph.findAllNodes(f"aten::{name}"))
+            yield name, kind
 
 
 def _in_graph(path: str, module: fx.GraphModule) -> Iterator[Activation]:
     # Activation modules that its graph calls are found as modules, like any others.
-    for node in module.graph.nodes:
+    nodes: dict[str, fx.Node] = {}
+    for node in (node for graph in graphs_of(module) for node in graph.nodes):
+        nodes.setdefault(node.name, node)
+    for node in nodes.values():
         kind = catalog.kind_of_node(node)
         if kind is not None:
             name = f"{path}.{node.name}" if path else node.name
@@ -137,32 +170,56 @@ def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple
     return places, lost
 
 
-def _in_methods(path: str, module: nn.Module, registered: Set[int]) -> Iterator[Activation]:
+def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Dataflow) -> Iterator[Activation]:
     prefix = f"{path}." if path else ""
+    trace = flow.trace(path)
+    seen: dict[types.CodeType, dict[Span, Sequence[Any]]] = defaultdict(dict)
+    for (code, span), callees in trace.callees.items() if trace is not None else ():
+        seen[code][span] = callees
+    listed: dict[tuple[types.CodeType | None, Span], None] = {}
     for owner, name, function in own_methods(module):
-        place = f"{prefix}{name}"
+        place, method = f"{prefix}{name}", Method(path, owner, name)
         if getattr(type(module), name, None) is not function:
             if not _reached_by_super(type(module), name, owner):
                 continue
             place = f"{prefix}{owner.__name__}.{name}"
-        counts: Counter[str] = Counter()
-        for call in find_calls(function, module, registered):
-            counts[call.short] += 1
-            suffix = f"_{counts[call.short]}" if counts[call.short] > 1 else ""
-            yield Activation(
-                f"{place}.{call.short}{suffix}",
-                call.text,
-                call.kind,
-                path,
-                Method(path, owner, name),
-                call,
-                problem=_problem(name, call),
-            )
-        yield from _in_helpers(place, Method(path, owner, name), function, module)
+        calls = find_calls(function, module, registered, callees=seen[method.function.__code__])
+        found = [*_named(place, calls, method, path), *_in_helpers(place, method, function, module)]
+        followed = {span for each in found for helper in each.through[:1] for span in helper.spans}
+        for each in found:
+            if each.through or each.call is None or each.call.span not in followed:
+                listed[each.code, each.call.span if each.call is not None else NOWHERE] = None
+                yield each
+    # What a function does that is gated as a whole, where it is called, is reached.
+    for code, span in listed:
+        for callee in seen[code].get(span, ()) if code is not None else ():
+            function = function_of(callee) if kind_of_short(callee) is not None else None
+            seen.pop(function.__code__ if function is not None else None, None)
+    yield from _elsewhere(path, prefix, seen, listed, registered)
+
+
+def _named(
+    place: str, calls: Sequence[Call], method: Method, path: str, through: tuple[Helper, ...] = ()
+) -> Iterator[Activation]:
+    """Name the calls of one function, those of the same activation by number."""
+    counts: Counter[str] = Counter()
+    for call in calls:
+        counts[call.short] += 1
+        suffix = f"_{counts[call.short]}" if counts[call.short] > 1 else ""
+        inside = through[-1].function.__name__ if through else method.name
+        problem = _problem(inside, call)
+        if any(calls_itself(each.function) for each in through):
+            problem = f"the function {inside} calls itself, or one that calls it does"
+        name = f"{place}.{call.short}{suffix}"
+        yield Activation(name, call.text, call.kind, path, method, call, through, problem=problem)
 
 
 def _in_helpers(
-    place: str, method: Method, function: FunctionType, module: nn.Module | None, through: tuple[Helper, ...] = ()
+    place: str,
+    method: Method,
+    function: types.FunctionType,
+    module: nn.Module | None,
+    through: tuple[Helper, ...] = (),
 ) -> Iterator[Activation]:
     """Find activations in the plain functions that a method calls, and in those that these call."""
     arguments = through[-1].arguments if through else {}
@@ -170,23 +227,49 @@ def _in_helpers(
         if helper.function in [each.function for each in through]:
             continue  # its activations are listed once
         inside, way = f"{place}.{helper.function.__name__}", (*through, helper)
-        counts: Counter[str] = Counter()
-        for call in find_calls(helper.function, None, arguments=helper.arguments):
-            counts[call.short] += 1
-            suffix = f"_{counts[call.short]}" if counts[call.short] > 1 else ""
-            name = f"{inside}.{call.short}{suffix}"
-            problem = _problem(helper.function.__name__, call)
-            if any(calls_itself(each.function) for each in way):
-                problem = f"the function {helper.function.__name__} calls itself, or one that calls it does"
-            yield Activation(name, call.text, call.kind, method.module, method, call, way, problem=problem)
+        calls = find_calls(helper.function, None, arguments=helper.arguments)
+        yield from _named(inside, calls, method, method.module, way)
         yield from _in_helpers(inside, method, helper.function, None, way)
+
+
+def _elsewhere(
+    path: str,
+    prefix: str,
+    seen: Mapping[types.CodeType, Mapping[Span, Sequence[Any]]],
+    listed: Mapping[tuple[types.CodeType | None, Span], None],
+    registered: Set[int],
+) -> Iterator[Activation]:
+    """Find what the forward pass calls and none of the mechanisms reaches: in other objects' code, or scripted."""
+    counts: Counter[str] = Counter()
+    for code, places in seen.items():
+        for span, callees in places.items():
+            for callee in callees:
+                kinds = [
+                    (catalog.kind_of_callee(callee), f"it is called in {code.co_qualname}, which is not rewritten")
+                ]
+                if id(callee) in registered:
+                    continue
+                if isinstance(callee, torch.jit.ScriptFunction):
+                    label, inside = callee.name, _in_script_graph(callee.inlined_graph)
+                    kinds = [(kind, "it is scripted; wrap before torch.jit.script") for _, kind in inside]
+                else:
+                    label = getattr(callee, "__name__", "") if isinstance(callee, type | types.FunctionType) else ""
+                for kind, problem in kinds[:1]:
+                    if kind is None or (code, span) in listed:
+                        continue
+                    name = f"{prefix}{code.co_name}.{label or kind}"
+                    counts[name] += 1
+                    suffix = f"_{counts[name]}" if counts[name] > 1 else ""
+                    yield Activation(f"{name}{suffix}", label or kind, kind, path, problem=problem)
 
 
 def _problem(method: str, call: Call) -> str | None:
     if call.span == NOWHERE:
-        return f"{method} has no readable source"
+        return f"{method} has no readable source, or it is not the code that runs (was the file edited meanwhile?)"
     if call.dropped and call.target is None:
         return f"{method} drops its result; assign it"
+    if call.mixed:
+        return f"{method} calls something else there, too, that is no activation"
     return None
 
 

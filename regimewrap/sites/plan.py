@@ -41,7 +41,7 @@ class Row:
         return self.site is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Every activation of a model, a row each; iterable, printable, and without effect.
 
@@ -70,6 +70,9 @@ class Plan:
     def unreachable(self) -> tuple[Row, ...]:
         """The rows that the policy selects and no mechanism can gate soundly."""
         return tuple(row for row in self.rows if row.selected and not row.gated)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         head = f"{self.model}: {len(self.gated)} of {len(self.rows)} activations gated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
+from regimewrap.errors import WrapError
 from regimewrap.torch_private import tree_leaves
 
 
@@ -21,7 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
     devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})
     try:
@@ -31,6 +34,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
+                if buffer.shape != before.shape:  # observers of torch.ao grow on their first batch
+                    buffer.resize_(before.shape)
                 buffer.copy_(before)
 
 
@@ -41,11 +46,22 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
-def run(model: nn.Module, example_inputs: Any) -> Any:
-    """Return what a model returns for example inputs, without gradients."""
-    args, kwargs = as_call(example_inputs)
-    with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return model(*args, **kwargs)
+def own(model: nn.Module) -> nn.Module:
+    """Return what may be run in a model's place: itself, or a copy where running it would make its lazy layers.
+
+    Raises:
+        WrapError: it has lazy layers and cannot be copied.
+    """
+    lazy = [each for each in model.buffers() if isinstance(each, UninitializedBuffer)]
+    if not lazy and not any(map(is_lazy, model.parameters())):
+        return model
+    try:
+        # torch copies lazy parameters, and not lazy buffers.
+        return copy.deepcopy(model, {id(each): UninitializedBuffer(device=each.device) for each in lazy})
+    except Exception as error:
+        raise WrapError(
+            f"{type(model).__name__} has lazy layers and cannot be copied ({error}); call it once, then wrap it."
+        ) from error
 
 
 @dataclass
@@ -71,26 +87,3 @@ class Shapes:
                 self.batch = taken.shape[0]
         if isinstance(output, Tensor):
             self.outputs[name] = tuple(output.shape)
-
-
-def activation_shapes(model: nn.Module, example_inputs: Any) -> Shapes:
-    """Run a model once and return what its modules took and returned."""
-    shapes = Shapes()
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001  torch's signature
-            shapes.record(name, (args, kwargs), output)
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(record(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        run(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes

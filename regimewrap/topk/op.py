@@ -237,7 +237,7 @@ def _save_for_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.budget = _budget(y, *inputs[1:3])
     if ctx.budget is not None:
         with torch_private.no_dispatch_modes():  # selective checkpointing counts operations
-            kept = (*kept, torch.tensor(ctx.budget))
+            kept = (*kept, torch.tensor(ctx.budget, device="cpu"))
     ctx.save_for_backward(*kept)
 
 

@@ -41,6 +41,7 @@ _VERSION = 1
 _FEW_MOVES = 100
 _SECONDS_BETWEEN_CHECKPOINTS = 600
 SUMMARY_FILE = "summary.csv"
+_OURS = (SUMMARY_FILE, saved.CHECKPOINT_FILE, "model.pt", "dense.pt", "model-seed-*.pt", "dense-seed-*.pt")
 
 
 class Job(NamedTuple):
@@ -124,7 +125,8 @@ class Folder:
                 for job in self.jobs[number:]:
                     run = self._built(job, pictures, state)
                     if overwrite and job is self.jobs[0]:
-                        self._clear()
+                        for path in self._left():
+                            path.unlink()
                     try:
                         self._make(run, job, here, should_stop=lambda: bool(asked))
                     except Stopped:
@@ -149,16 +151,13 @@ class Folder:
         over = "one seed, which shows little" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
         return f"Accuracy on the validation pictures, in %, last epoch, {over}:\n{text_table(rows, width)}"
 
-    def _clear(self) -> None:
-        for path in self._files():
-            path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return [self.out / name for name in (saved.CHECKPOINT_FILE, SUMMARY_FILE, *(job.file for job in self.jobs))]
+    def _left(self) -> list[Path]:
+        """Return what an earlier run left."""
+        return [path for pattern in _OURS for path in sorted(self.out.glob(pattern))]
 
     def _begin(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Return the checkpoint to go on from, if any, after a check of what is in the folder."""
-        found = [path for path in self._files() if path.exists()]
+        found = self._left()
         if resume:
             path = self.out / saved.CHECKPOINT_FILE
             return saved.read(path, "regimewrap train") if path.exists() else None

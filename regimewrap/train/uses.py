@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from regimewrap import at_keep_ratio, calibrate
+from regimewrap import Sweep, at_keep_ratio, calibrate, recalibrate_batchnorm
 from regimewrap import sweep as sweep_model
 from regimewrap.errors import DataError, MissingExtraError, RegimewrapError
 from regimewrap.files import write_whole
@@ -18,9 +18,8 @@ from regimewrap.train.run import evaluate
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from regimewrap import Sweep
     from regimewrap.train.pictures import Sample
     from regimewrap.train.saved import Trained
 
@@ -52,7 +51,14 @@ def predict(
         yield path, [(trained.classes[n], p) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def sweep(trained: Trained, keep_ratios: Sequence[float], data: Path | None = None, workers: int = 0) -> Sweep:
+def sweep(
+    trained: Trained,
+    keep_ratios: Sequence[float],
+    data: Path | None = None,
+    *,
+    workers: int = 0,
+    recalibrate: bool = False,
+) -> Sweep:
     """Return the accuracy at each keep ratio.
 
     Args:
@@ -61,12 +67,26 @@ def sweep(trained: Trained, keep_ratios: Sequence[float], data: Path | None = No
         data: a folder as for training, of which the validation pictures count, or with a folder for each class, all of
             which count; by default the validation pictures of the training.
         workers: processes that read pictures.
+        recalibrate: re-estimate BatchNorm's statistics for each budget, on pictures of the training; the model keeps
+            those of the last one.
 
     Raises:
         DataError: there are no pictures, or one of a class that the model does not know.
+        WrapError: ``recalibrate``, and the model has no BatchNorm.
     """
     samples = _samples(trained, data, training=False)
-    return sweep_model(trained.model, lambda model: evaluate(model, _feed(trained, samples, workers))[1], keep_ratios)
+
+    def accuracy(model: nn.Module) -> float:
+        return evaluate(model, _feed(trained, samples, workers))[1]
+
+    if not recalibrate:
+        return sweep_model(trained.model, accuracy, keep_ratios)
+    inputs = _some_inputs(trained)
+    values: dict[float, float] = {}
+    for ratio in keep_ratios:
+        recalibrate_batchnorm(trained.model, inputs, ratio)
+        values |= sweep_model(trained.model, accuracy, [ratio]).values
+    return Sweep(values)
 
 
 def export_onnx(trained: Trained, path: Path, keep_ratio: float = 1.0, data: Path | None = None) -> None:
@@ -110,10 +130,15 @@ def _fixed(trained: Trained, keep_ratio: float, data: Path | None) -> AbstractCo
     """Return a context in which fixed thresholds stand in for the selection."""
     if keep_ratio == 1.0:
         return nullcontext()
+    calibration = calibrate(trained.model, _some_inputs(trained, data), keep_ratios=(keep_ratio,))
+    return calibration.apply(trained.model, keep_ratio)
+
+
+def _some_inputs(trained: Trained, data: Path | None = None) -> list[Tensor]:
+    """Return batches of a few hundred training pictures of all classes."""
     samples = _samples(trained, data, training=True)
     samples = samples[:: max(1, len(samples) // _TO_CALIBRATE)][:_TO_CALIBRATE]
-    calibration = calibrate(trained.model, [x for x, _ in _feed(trained, samples)], keep_ratios=(keep_ratio,))
-    return calibration.apply(trained.model, keep_ratio)
+    return [x for x, _ in _feed(trained, samples)]
 
 
 def _samples(trained: Trained, data: Path | None, *, training: bool) -> list[Sample]:

@@ -20,11 +20,13 @@ from regimewrap import GatePolicy, RegimePolicy, gate_of, wrap
 every_writing = pytest.mark.parametrize("make", WRITINGS)
 SCOPES = ["sample", "position", "batch", "network"]
 every_scope = pytest.mark.parametrize("scope", SCOPES)
+#: Torch's own decompositions, which it scripts when forward mode is first asked for.
+scripts = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 
 
 def training(make, scope="sample", update=1):
     """A wrapped network in train mode with half of its rows dense; its norm does not mix rows."""
-    policy = RegimePolicy(gate=GatePolicy(scope=scope))
+    policy = RegimePolicy(gate=GatePolicy(scope=scope, channel_dim=1))
     model = wrapped(make, policy=policy).train()
     model.norm.eval()
     gate_of(model).set_budget(0.1, full_share=0.5, update=update)
@@ -48,7 +50,7 @@ def same(mine, theirs):
 @pytest.mark.parametrize("gradient", ["masked", "straight_through"])
 @pytest.mark.parametrize("update", [0, 1])
 def test_dense_rows_are_those_of_the_bare_model_bit_for_bit(make, scope, gradient, update, x):
-    policy = RegimePolicy(gate=GatePolicy(scope=scope, gradient=gradient))
+    policy = RegimePolicy(gate=GatePolicy(scope=scope, gradient=gradient, channel_dim=1))
     model, plain = wrapped(make, policy=policy).train(), bare(make).train()
     for each in (model, plain):
         each.norm.eval()
@@ -68,7 +70,7 @@ def test_a_share_of_zero_is_the_gate_without_dense_rows(scope, x):
     model = training(Hooked, scope)
     gate_of(model).set_keep_ratio(0.1)
     gate_of(model).set_budget(0.1, full_share=0.0, update=5)
-    twin = wrapped(Hooked, 0.1, RegimePolicy(gate=GatePolicy(scope=scope))).train()
+    twin = wrapped(Hooked, 0.1, RegimePolicy(gate=GatePolicy(scope=scope, channel_dim=1))).train()
     twin.norm.eval()
     same(run(model, x), run(twin, x))
 
@@ -96,6 +98,7 @@ def test_compiled_code_is_sampled_too(x, fresh_compiler):  # noqa: ARG001
     assert gate_of(model).take_sample() == (2, 1.0)
 
 
+@scripts
 def test_torch_func_takes_the_same_rows(x):
     model = training(Hooked)
     parameters = dict(model.named_parameters())
@@ -114,7 +117,8 @@ def test_torch_func_takes_the_same_rows(x):
     torch.testing.assert_close(torch.func.jacfwd(model)(x), rows)
 
 
-@pytest.mark.parametrize("make", WRITINGS)
+@scripts
+@every_writing
 def test_batched_gradients_and_forward_mode_derivatives_agree(make, x):
     model = training(make)
     rows = torch.autograd.functional.jacobian(model, x)

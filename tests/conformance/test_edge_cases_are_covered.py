@@ -64,7 +64,7 @@ conformance/test_torch_transformations.py
     SyncBN after wrap: test_sync_batchnorm_conversion_after_wrap
     SyncBN before wrap: test_sync_batchnorm_conversion_before_wrap
     parametrizations: test_parametrizations_before_and_after_wrap
-    parametrized and rewritten: test_a_class_that_both_swap_comes_back_in_any_order
+    parametrized and rewritten: test_a_parametrization_and_a_wrap_come_off_in_any_order
     forward called directly: test_a_gated_module_called_by_its_forward_alone_is_flagged
 conformance/test_transformers_models_conform.py
     HF's shared activations: test_activations_that_models_share_are_gated_in_one_only
@@ -101,7 +101,7 @@ wrap/test_awkward_models.py
 wrap/test_parts_of_a_wrapped_model.py
     unwrap of a part: test_a_part_cannot_be_unwrapped_or_wrapped_by_itself_and_the_error_names_the_whole
     a part that is left: test_what_is_left_of_a_model_can_be_unwrapped
-wrap/test_verify_finds_what_escaped.py
+measure/test_verify_finds_what_escaped.py
     replaced child: test_a_replaced_child_is_named
     added child: test_a_replaced_activation_is_told_from_one_that_was_added
     scripted later: test_activations_in_a_part_that_was_scripted_later_are_named

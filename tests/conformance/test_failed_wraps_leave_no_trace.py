@@ -13,7 +13,7 @@ from torch import fx, nn
 from regimewrap import TopKGate, unwrap, wrap
 from regimewrap import wrap as wrapping
 from regimewrap.gate.gate import find_gate
-from regimewrap.rewrite import apply, graph, hook, rebind, share
+from regimewrap.rewrite import exchange, graph, runtime, share
 
 SHARED = nn.ReLU()
 
@@ -46,15 +46,16 @@ class Calls(nn.Module):
 
 STEPS = [
     (share, "_own_copy"),
-    (hook, "attach"),
+    (runtime, "attach_hook"),
     (nn.Module, "register_forward_hook"),
-    (hook.ReluForward, "__init__"),
-    (rebind, "rebind"),
-    (rebind, "_subclass"),
+    (runtime, "attach_sites"),
+    (runtime.Sites, "__init__"),
+    (runtime, "put_in_place"),
+    (exchange._Exchange, "admit"),
+    (exchange, "forget_compiled"),
     (graph, "gate_graph_module"),
     (graph, "insert_gate_nodes"),
     (fx.GraphModule, "recompile"),
-    (apply, "_guard_encoders"),
     (TopKGate, "anchor"),
 ]
 

@@ -98,7 +98,7 @@ def test_parametrizations_before_and_after_wrap(make, first, way, x):
 
 
 class Scales(nn.Module):
-    """It owns a parameter and calls its activation as a function, so that both swap its class."""
+    """It owns a parameter and calls its activation as a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Double(nn.Module):
 
 @pytest.mark.parametrize("first", ["wrap", "parametrize"])
 @pytest.mark.parametrize("order", ["remove_first", "unwrap_first"])
-def test_a_class_that_both_swap_comes_back_in_any_order(first, order):
+def test_a_parametrization_and_a_wrap_come_off_in_any_order(first, order):
     model, x = Scales(), torch.randn(2, 8)
     steps = [
         lambda: wrap(model, POLICY),
@@ -126,7 +126,6 @@ def test_a_class_that_both_swap_comes_back_in_any_order(first, order):
     with at_keep_ratio(model, 0.2):
         assert (model(x) != 0).sum() <= 2
     steps = [lambda: unwrap(model), lambda: parametrize.remove_parametrizations(model, "scale", False)]
-    twin = copy.deepcopy(model)
     for step in steps if order == "unwrap_first" else reversed(steps):
         step()
         if find_gate(model) is not None:
@@ -134,9 +133,6 @@ def test_a_class_that_both_swap_comes_back_in_any_order(first, order):
                 assert (model(x) != 0).sum() <= 2
     assert type(model) is Scales
     assert torch.equal(model(x), torch.relu(x))
-    if order == "unwrap_first":  # torch takes the parameter off the class, which it has in common with the copy
-        with at_keep_ratio(twin, 0.2):
-            assert (twin(x) != 0).sum() <= 2
 
 
 def test_the_class_that_a_parametrization_made_comes_back_and_may_have_grown_meanwhile():

@@ -151,7 +151,7 @@ def test_a_function_that_new_code_calls_is_named_with_what_calls_it():
     model = wrap(network())
     model[0] = Scripted()
     coverage = verify(model, torch.randn(2, 4))
-    assert coverage.escaped == ("0.relu",)
+    assert coverage.escaped == ("0.forward.relu",)
     assert "Scripted calls it in code that was not there" in str(coverage)
 
 
@@ -163,8 +163,8 @@ def test_a_module_that_forward_makes_anew_each_time_is_named():
     model = wrap(network())
     model[1] = Makes()
     coverage = verify(model, torch.randn(2, 4))
-    assert coverage.escaped == ("1.GELU",)
-    assert "put in, or made" in str(coverage)
+    assert coverage.escaped == ("1.forward.gelu",)
+    assert "Makes calls it in code that was not there" in str(coverage)
 
 
 def test_a_branch_that_is_not_taken_did_not_run_and_did_not_escape():

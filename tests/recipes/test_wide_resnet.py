@@ -20,7 +20,7 @@ def test_wrn_28_4_has_25_activations_and_about_5_8_million_parameters():
     assert 5.75e6 < sum(p.numel() for p in model.parameters()) < 5.90e6
 
 
-@pytest.mark.parametrize(("activation", "mechanism"), [("module", "hook"), ("function", "graph")])
+@pytest.mark.parametrize(("activation", "mechanism"), [("module", "hook"), ("function", "source")])
 def test_every_activation_of_wrn_28_4_is_gated_by_either_mechanism(activation, mechanism):
     planned = plan(WideResNet(28, 4, activation=activation))
 

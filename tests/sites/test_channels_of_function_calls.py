@@ -73,13 +73,17 @@ class OfItself(Both):
         (AfterLinear, -1),
         (AfterFunction, 1),
         (AfterChunks, 1),
-        (AfterOneChunk, None),
-        (AfterTranspose, None),
-        (OfItself, None),
+        (AfterOneChunk, -1),
+        (AfterTranspose, 1),
     ],
 )
 def test_the_dimension_is_that_of_the_layer_before(make, dim):
     assert plan(make(), POSITION).gated[0].site.channel_dim == dim
+
+
+def test_where_layers_disagree_and_nothing_tells_the_plan_asks():
+    (row,) = plan(OfItself(), POSITION).unreachable
+    assert "set gate.channel_dim" in row.why
 
 
 def test_a_dimension_that_the_policy_sets_wins():

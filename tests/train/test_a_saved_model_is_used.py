@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from regimewrap import gate_of
-from regimewrap.train import saved
+from regimewrap.train import saved, uses
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def test_the_file_is_plain_data_and_weights_that_fit_the_bare_model(run):
     timm.create_model("test_resnet", num_classes=2).load_state_dict(content["weights"])
 
 
+@pytest.mark.filterwarnings("ignore:.*BatchNorm, whose running statistics")
 def test_loaded_it_is_wrapped_and_as_accurate_as_it_was(regimewrap, run):
     trained = saved.load(run)
     assert gate_of(trained.model).sites
@@ -42,6 +43,20 @@ def test_loaded_it_is_wrapped_and_as_accurate_as_it_was(regimewrap, run):
     assert found == {f"{ratio:g}": value for ratio, value in trained.about["accuracy"].items()}
 
 
+def test_sweep_re_estimates_batchnorm_for_each_budget_when_asked(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        uses, "recalibrate_batchnorm", lambda _model, batches, ratio: seen.append((len(batches), ratio))
+    )
+    monkeypatch.setattr(uses, "sweep_model", lambda _model, _accuracy, ratios: uses.Sweep({ratios[0]: 0.5}))
+
+    swept = uses.sweep(saved.load(run), (1.0, 0.1), recalibrate=True)
+
+    assert seen == [(1, 1.0), (1, 0.1)]
+    assert swept.values == {1.0: 0.5, 0.1: 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:.*BatchNorm, whose running statistics")
 def test_sweep_takes_another_folder_whole_and_refuses_unknown_classes(regimewrap, run, tmp_path):
     for name in ("square", "ring"):
         (tmp_path / "other" / name).mkdir(parents=True)

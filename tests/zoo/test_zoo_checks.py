@@ -32,7 +32,7 @@ def inputs(training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: A
 
 def test_a_sound_wrap_passes():
     figures = examine(Toy(), inputs)
-    assert figures["hook"] == figures["graph"] == 1
+    assert figures["hook"] == figures["source"] == 1
     assert figures["idle"] == 0
 
 

@@ -3,40 +3,35 @@
 The inner activations of squeeze-excite, attention and gating branches are small and steer other units; gating them
 would silence whole channels. Whether one is such is read off what it feeds: followed through layers, does every path
 end in a sigmoid-like function whose result multiplies features, or start from features averaged over positions and
-end where they multiply, or are added to, those that were averaged? What is computed from parameters and buffers alone
-has no samples to select within. Where forward code cannot be followed, shapes say it, and names last.
+end where they multiply, or are added to, those that were averaged? What is summed up to one number is a loss; what the
+network returns through a narrow last layer is its output; what is computed from parameters and buffers alone has no
+samples to select within. Where forward code cannot be followed, shapes say it, and names last.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import operator
-import types
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from regimewrap.sites import catalog
-from regimewrap.sites.finder import Activation, Method
-from regimewrap.sites.flow.dataflow import Dataflow, is_layer, name_of, reads_shape, related
+from regimewrap.sites.finder import Activation
+from regimewrap.sites.flow.dataflow import Dataflow, is_layer, related
+from regimewrap.sites.flow.operators import (
+    GATES,
+    MATRIX_PRODUCTS,
+    PRODUCTS,
+    SUMS,
+    name_of,
+    passes,
+    reads_shape,
+    totals,
+)
+from regimewrap.sites.flow.writing import Frame
 from regimewrap.sites.probe import Shapes
-from regimewrap.sites.read.code import body_of, parse
 
-_GATES = ("sigmoid", "tanh", "softmax")
-_PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
-_SUMS = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub"}
-# What attention does with its weights.
-_MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, torch.einsum, "matmul", "bmm"}
-# What a value may pass on its way and still be the same branch; layers and activations besides.
-_PASSING = {
-    "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "expand_as", "expand", "contiguous",
-    "mean", "sum", "float", "to", "type_as", "dropout", "conv1d", "conv2d", "conv3d", "linear", "interpolate",
-    "getattr", "adaptive_avg_pool2d", "getitem", "unflatten", "clamp", "batch_norm", "layer_norm", "chunk", "split",
-    "unbind", "repeat", "truediv", "div", "neg", "normalize",
-}  # fmt: skip
 # Class names of blocks that compute a gate, in lower case, for code that cannot be followed.
 _NAMES = (
     "squeezeexc",
@@ -52,74 +47,113 @@ _NAMES = (
 
 #: How far a value is followed, in modules and operations; a branch that computes a gate is short.
 _LIMIT = 40
+#: How far from an activation a sum with other values may be the one of a loss.
+_NEAR = 12
+
+
+#: What the ends of an activation's paths say, if there are no others.
+_REASONS = {
+    "gate": "all it feeds is a gate in {}",
+    "steers": "all it feeds is a gate in {}: pooled features that scale or shift the others",
+    "scores": "all it feeds is a gate in {}: scores that a softmax makes weights of",
+    "loss": "it only reaches a sum or an average in {}, as a part of a loss",
+    "output": "an output of the network, through a last layer that is narrower than what it is given",
+}
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a value came where it is: pooled features, unchanged but for shape and mask, summed up to one number."""
+
+    pooled: bool
+    direct: bool = True
+    total: bool = False
+    depth: int = 0
+
+    def on(self, **changes: bool) -> _Way:
+        return replace(self, depth=self.depth + 1, **changes)
 
 
 class Purpose:
     """Answers, for one model, what its activations are for.
 
     Args:
-        model: read only; forward code is traced, not run.
+        flow: where its values go.
         shapes: what modules took and returned, if a forward pass was watched.
     """
 
-    def __init__(self, model: nn.Module, shapes: Shapes | None = None) -> None:
-        self._model = model
+    def __init__(self, flow: Dataflow, shapes: Shapes | None = None) -> None:
+        self.flow = flow
+        self._model = flow.model
         self._shapes = shapes or Shapes()
-        self._flow = Dataflow(model)
-        self._holding: dict[str, bool] = {}
 
     def left_alone(self, activation: Activation) -> str | None:
         """Return why an activation is to be left alone, in words, or ``None`` if it makes hidden features."""
         if activation.call is not None and activation.call.factor:
             return "it scales something, by an argument that may be left out"
-        calls = self._calls(activation)
+        if ".parametrizations." in f".{activation.module}.":
+            return "does not see the batch: it computes a parameter"
+        calls = self.calls(activation)
         if calls:
-            origins = {self._flow.origin(path, node) for path, node in calls}
-            owner = calls[0][0] or type(self._model).__name__
-            if origins == {"constant"}:
+            if {self.flow.origin(path, node) for path, node in calls} == {"constant"}:
                 return "does not see the batch: computed from parameters and buffers alone"
-            pooled = origins == {"pooled"}
-            if not pooled and not any(self._near_gate(path) for path, _ in calls):
-                return None
-            ends = set()
+            ends: set[str] = set()
             for path, node in calls:
-                for end in self._ends(path, node, pooled, 0):
+                pooled = self.flow.origin(path, node) == "pooled"
+                for end in self._ends(path, node, _Way(pooled)):
                     if end == "features":
                         return None
-                    ends.add(end)
-            if ends and ends <= {"gate", "steers"}:
-                how = ": pooled features that scale or shift the others" if "steers" in ends else ""
-                return f"all it feeds is a gate in {owner}{how}"
+                    ends.add(end if end != "output" or self._narrows(path, node) else "hidden output")
+            if "hidden output" in ends:
+                return None
+            known = [end for end in ("loss", "output", "scores", "steers", "gate") if end in ends]
+            if known and ends <= _REASONS.keys():
+                return _REASONS[known[0]].format(calls[0][0] or type(self._model).__name__)
+            if len({path for path, _ in calls}) > 1:
+                return None  # one object for several places: its names say little
         return self._by_shape(activation) or self._by_name(activation)
 
     def note(self, activation: Activation) -> str:
-        """Return what is worth knowing about the shape of a gated activation, to be put behind the reason."""
+        """Return what is worth knowing about a gated activation, to be put behind the reason."""
         shape = self._shapes.outputs.get(activation.module) if activation.name == activation.module else None
         batch = self._shapes.batch
-        if not shape or batch is None or shape[0] == batch:
-            return ""
-        return f"; of shape {shape} for a batch of {batch}: what scope='sample' takes for a sample is a part of one"
+        if shape and batch is not None and shape[0] != batch:
+            return f"; of shape {shape} for a batch of {batch}: what scope='sample' takes for a sample is a part of one"
+        calls = self.calls(activation)
+        if calls and all(end == "output" for path, node in calls for end in self._ends(path, node, _Way(pooled=False))):
+            return "; an output of the network: exclude it if its values are what you train on (density, depth)"
+        return ""
 
-    def _calls(self, activation: Activation) -> list[tuple[str, fx.Node]]:
+    def calls(self, activation: Activation) -> list[tuple[str, fx.Node]]:
         """Return where the activation is computed, each with the dotted name of the module that does it."""
         path = activation.module
-        if path not in self._flow.modules:
+        if path not in self.flow.modules:
             return []  # made during the forward pass
-        module = self._flow.module(path)
+        module = self.flow.module(path)
         if isinstance(module, fx.GraphModule) and activation.method is None:
             name = activation.node or activation.name
             return [(path, node) for node in module.graph.nodes if node.name == name and node.op != "call_module"]
         if activation.name == path:
-            return self._flow.calls(path)
-        graph = self._flow.graph(path) if activation.call is not None else None
-        if graph is None or activation.call is None:
+            return self.flow.calls(path)
+        if activation.call is None or activation.method is None:
             return []
-        short, found = activation.call.short, [node for node in graph.nodes if name_of(node) == activation.call.short]
-        if found and activation.method and not activation.through and len(found) == _count(activation.method, short):
-            place = activation.name.rpartition(f".{short}_")[2]
-            found = [found[int(place) - 1 if place.isdigit() else 0]]
-        # Otherwise some branch was not taken, or a method runs twice: all calls of that name have to be alike.
-        return [(path, node) for node in found]
+        frames: tuple[Frame, ...] = ((activation.code, activation.call.span),)
+        return [(path, node) for node in self.flow.computed(path, activation.method.name, frames)]
+
+    def _narrows(self, path: str, node: fx.Node) -> bool:
+        """Say whether the layer before has few outputs, as the last one of a network has, and not hidden ones have."""
+        for _ in range(4):
+            before = node.all_input_nodes
+            if len(before) != 1:
+                return False
+            (node,) = before
+            if node.op == "call_module":
+                layer = self.flow.module(f"{path}.{node.target}" if path else str(node.target))
+                given = getattr(layer, "in_features", getattr(layer, "in_channels", 0))
+                made = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
+                if isinstance(given, int) and isinstance(made, int) and given and made:
+                    return made == 1 or (made <= 3 and made < given) or 4 * made <= given
+        return False
 
     def _by_shape(self, activation: Activation) -> str | None:
         """Judge by shapes: one position inside a block that takes and returns the same features at several."""
@@ -136,7 +170,7 @@ class Purpose:
         return None
 
     def _by_name(self, activation: Activation) -> str | None:
-        if activation.module not in self._flow.modules:
+        if activation.module not in self.flow.modules:
             return None  # made during the forward pass
         parts = activation.module.split(".") if activation.module else []
         for length in range(len(parts) + 1):
@@ -145,111 +179,117 @@ class Purpose:
                 return f"{name} computes a gate, not features"
         return None
 
-    def _near_gate(self, path: str) -> bool:
-        """Say whether anything sigmoid-like is in a block or in the one around it; a cheap first look."""
-        return self._holds_gate(path) or self._holds_gate(path.rpartition(".")[0])
-
-    def _holds_gate(self, path: str) -> bool:
-        if path not in self._holding:
-            inside = self._flow.module(path).modules() if path else (self._model, *self._model.children())
-            self._holding[path] = any(_is_gate(module) for module in inside)
-        return self._holding[path]
-
-    def _ends(self, path: str, node: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
+    def _ends(self, path: str, node: fx.Node, way: _Way) -> Iterator[str]:
         """Yield where a value of the module at ``path`` ends up.
 
-        ``gate`` behind a sigmoid or the like, ``steers`` where pooled features meet those they were pooled from,
-        ``features`` anywhere else, ``unknown`` in code that cannot be followed.
+        ``gate`` behind a sigmoid or the like, ``scores`` in a softmax, ``steers`` where pooled features meet those they
+        were pooled from, ``loss`` summed up to one number, ``output`` as what the network returns, ``features``
+        anywhere else, ``unknown`` in code that cannot be followed.
         """
-        if depth > _LIMIT:
+        if way.depth > _LIMIT:
             yield "unknown"
             return
         for user in node.users:
-            kind = catalog.kind_of_node(user, self._flow.module(path))
+            kind = catalog.kind_of_node(user, self.flow.module(path))
+            name = name_of(user)
             if user.op == "output":
-                yield from self._after(path, pooled, depth)
-            elif reads_shape(user) or name_of(user).startswith("_assert"):
+                yield from self._after(path, way)
+            elif reads_shape(user) or name.startswith("_assert") or name in _TESTS:
                 continue
-            elif kind in _GATES:
-                yield "gate" if self._multiplies(path, user, depth) else "features"
-            elif user.target in _PRODUCTS or user.target in _SUMS:
-                yield from self._meets(path, node, user, pooled, depth)
-            elif kind is not None or _passes(user):
-                yield from self._ends(path, user, pooled, depth + 1)
+            elif totals(user) and not way.pooled:
+                yield from self._ends(path, user, way.on(total=True))
+            elif kind in GATES:
+                if kind == "softmax" and way.direct and not self._is_returned(path, user):
+                    yield "scores"
+                else:
+                    yield "gate" if self._multiplies(path, user, way.depth) else "features"
+            elif name in PRODUCTS or name in SUMS:
+                yield from self._meets(path, node, user, way)
+            elif kind is not None or passes(user):
+                layer = name in ("linear", "conv1d", "conv2d", "conv3d") or kind is not None
+                yield from self._ends(path, user, way.on(direct=way.direct and not layer))
             elif user.op == "call_module":
-                yield from self._through(path, node, user, pooled, depth)
+                yield from self._through(path, node, user, way)
             else:
-                yield "features"
+                yield "loss" if way.total and name in ("backward", "log", "item") else "features"
 
-    def _meets(self, path: str, node: fx.Node, user: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
+    def _meets(self, path: str, node: fx.Node, user: fx.Node, way: _Way) -> Iterator[str]:
         """Judge a product or sum with other values."""
         others = [each for each in user.all_input_nodes if each is not node]
-        origins = {self._flow.origin(path, each) for each in others}
-        if origins <= {"constant"} or (pooled and "features" not in origins):
-            yield from self._ends(path, user, pooled, depth + 1)
+        origins = {self.flow.origin(path, each) for each in others}
+        if way.total or origins <= {"constant"} or (way.pooled and "features" not in origins):
+            yield from self._ends(path, user, way.on())
+        elif way.pooled and any(related(node, each) for each in others):
+            yield "steers"
         else:
-            yield "steers" if pooled and any(related(node, each) for each in others) else "features"
+            # A loss adds and multiplies several such values; what becomes of the result tells.
+            ends = (
+                self._ends(path, user, way.on(direct=False))
+                if way.direct and way.depth < _NEAR
+                else iter(("features",))
+            )
+            yield "features" if any(end != "loss" for end in ends) else "loss"
 
-    def _after(self, path: str, pooled: bool, depth: int) -> Iterator[str]:
+    def _after(self, path: str, way: _Way) -> Iterator[str]:
         """Go on where the module at ``path`` returns the value to."""
         if not path:
-            yield "features"
+            yield "loss" if way.total else "output" if way.direct else "features"
             return
-        calls = self._flow.calls(path)
+        calls = self.flow.calls(path)
         if not calls:
-            yield "unknown"
+            yield "loss" if way.total else "unknown"
         for caller, call in calls:
-            yield from self._ends(caller, call, pooled, depth + 1)
+            yield from self._ends(caller, call, way.on())
 
-    def _through(self, path: str, node: fx.Node, call: fx.Node, pooled: bool, depth: int) -> Iterator[str]:
+    def _through(self, path: str, node: fx.Node, call: fx.Node, way: _Way) -> Iterator[str]:
         """Go on inside the child that is called with the value."""
         inner = f"{path}.{call.target}" if path else str(call.target)
-        child = self._flow.module(inner)
-        if is_layer(child):
-            yield from self._ends(path, call, pooled, depth + 1)
+        child = self.flow.module(inner)
+        if is_layer(child) or type(child).__name__ in ("Rearrange", "Reduce"):
+            if type(child).__module__ == "torch.nn.modules.loss":
+                way = way.on(total=True)
+            yield from self._ends(path, call, way.on(direct=way.direct and next(child.parameters(), None) is None))
             return
-        entries = self._flow.entries(inner, call, node)
+        entries = self.flow.entries(inner, call, node)
         if entries is None:
             yield "unknown"
         for entry in entries or ():
-            yield from self._ends(inner, entry, pooled, depth + 1)
+            yield from self._ends(inner, entry, way.on())
+
+    def _is_returned(self, path: str, node: fx.Node) -> bool:
+        """Say whether a value is what the network returns."""
+        return not path and any(user.op == "output" for user in node.users)
 
     def _multiplies(self, path: str, node: fx.Node, depth: int) -> bool:
         """Say whether a sigmoid's value, reshaped or scaled perhaps, multiplies something that the batch decides."""
         if depth > _LIMIT:
             return False
         for user in node.users:
-            if user.target in _MATRIX_PRODUCTS:
+            name = name_of(user)
+            if name in MATRIX_PRODUCTS:
                 return True
-            if user.target in _PRODUCTS or user.target in _SUMS:
+            if name in PRODUCTS or name in SUMS:
                 others = [each for each in user.all_input_nodes if each is not node]
-                if all(self._flow.origin(path, each) == "constant" for each in others):
+                if all(self.flow.origin(path, each) == "constant" for each in others):
                     if self._multiplies(path, user, depth + 1):
                         return True
-                elif user.target in _PRODUCTS:
+                elif name in PRODUCTS:
                     return True
-            elif _passes(user) or (user.op == "call_module" and self._drops_out(path, user)):
+            elif passes(user) or (user.op == "call_module" and self._drops_out(path, user)):
                 if self._multiplies(path, user, depth + 1):
                     return True
             elif user.op == "output" and any(
-                self._multiplies(caller, call, depth + 1) for caller, call in self._flow.calls(path)
+                self._multiplies(caller, call, depth + 1) for caller, call in self.flow.calls(path)
             ):
                 return True
         return False
 
     def _drops_out(self, path: str, call: fx.Node) -> bool:
-        child = self._flow.module(path).get_submodule(str(call.target))
-        return is_layer(child) and next(child.parameters(), None) is None
+        return next(self.flow.module(path).get_submodule(str(call.target)).parameters(), None) is None
 
 
-def _count(method: Method, short: str) -> int:
-    tree = parse(body_of(vars(method.owner)[method.name]))
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
-    return sum(ast.unparse(func).rpartition(".")[2].partition("[")[0] == short for func in calls)
-
-
-def _passes(node: fx.Node) -> bool:
-    return node.op in ("call_method", "call_function") and name_of(node) in _PASSING
+#: What only looks at values.
+_TESTS = frozenset(["eq", "ne", "lt", "le", "gt", "ge", "is_grad_enabled", "print"])
 
 
 def _positions(shape: tuple[int, ...]) -> int:
@@ -258,21 +298,3 @@ def _positions(shape: tuple[int, ...]) -> int:
         return 0
     first, last = torch.Size(shape[2:]).numel(), torch.Size(shape[1:-1]).numel()
     return min(first, last)
-
-
-def _is_gate(module: nn.Module) -> bool:
-    cls: Any = type(module)
-    return catalog.kind_of_module(module) in _GATES or calls_gate(cls)
-
-
-@functools.lru_cache(maxsize=4096)
-def calls_gate(cls: Any) -> bool:
-    """Say whether a module class's own code names a function such as sigmoid."""
-    return any(
-        catalog.kind_of_name(name) in _GATES
-        for home in cls.__mro__
-        if not home.__module__.startswith("torch.nn")
-        for value in vars(home).values()
-        if isinstance(value, types.FunctionType)
-        for name in body_of(value).__code__.co_names
-    )

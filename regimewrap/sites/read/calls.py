@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import functools
 import re
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeGuard
@@ -23,14 +22,15 @@ from regimewrap.sites.read.code import (
     Span,
     body_of,
     call_nodes,
+    constant_of,
     in_evaluation_order,
     names_in,
     parse,
     span_of,
 )
 from regimewrap.sites.read.helpers import helper_nodes
-from regimewrap.sites.read.named import held_activations, kind_of_call, names_activation
-from regimewrap.sites.read.values import argument_at
+from regimewrap.sites.read.memory import remembered
+from regimewrap.sites.read.named import held_activations, kind_of_call, kind_of_short, names_activation
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Call:
     method's source, whose first line is 1. ``dropped`` says that the method drops the result, which has an effect only
     if the call works in place; ``target`` is then the local name that it works on, if that is certain. ``relu`` says
     that the callee is a ReLU, certainly called to make a new tensor of one argument; ``factor`` that the call's result
-    only multiplies something, and its argument may be left out: ``out * F.silu(z)`` where ``z`` is ``None`` by default.
+    only multiplies something, and its argument may be left out: ``out * F.silu(z)`` where ``z`` is ``None`` by default;
+    ``mixed`` that something else than an activation is called at the same place, another time.
     """
 
     text: str
@@ -51,11 +52,13 @@ class Call:
     target: str | None = None
     relu: bool = False
     factor: bool = False
+    mixed: bool = False
 
     @property
     def short(self) -> str:
         """The last part of the callee's name."""
-        return re.sub(r"\[[^]]*\]|\([^)]*\)", "", self.text).rpartition(".")[2]
+        name = re.sub(r"\[[^]]*\]|\([^)]*\)", "", self.text).rpartition(".")[2]
+        return name if name.isidentifier() and name != "getattr" else self.kind
 
 
 def find_calls(
@@ -63,6 +66,7 @@ def find_calls(
     module: nn.Module | None,
     registered: Set[int] = frozenset(),
     arguments: Mapping[str, Any] = MappingProxyType({}),
+    callees: Mapping[Span, Sequence[Any]] = MappingProxyType({}),
 ) -> list[Call]:
     """Return the activation calls in one function's own code.
 
@@ -71,34 +75,44 @@ def find_calls(
         module: for a method an instance, so that ``self.act(x)`` can be looked up.
         registered: ids of the modules that hooks reach; a call of any other activation module counts as a call here.
         arguments: what a plain function is certainly called with.
+        callees: by place, what is called there, as far as somebody followed the code.
     """
     function = body_of(function)
     held = held_activations(module) if module is not None else set()
-    if not names_activation(function) and not held & names_in(function.__code__):
+    known = {span: _kinds_called(values, registered) for span, values in callees.items()}
+    known = {span: kinds for span, kinds in known.items() if any(kinds)}
+    if not known and not names_activation(function) and not held & names_in(function.__code__):
         return []
     if parse(function) is None:
+        children = {name for each in module.modules() for name in each._modules} if module is not None else set()
         kinds = {
             name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in names_in(function.__code__)
         }
-        return [
-            Call(name, kind, NOWHERE)
-            for name, kind in sorted(kinds.items())
-            if kind and (module is None or name not in module._modules)
-        ]
+        return [Call(name, kind, NOWHERE) for name, kind in sorted(kinds.items()) if kind and name not in children]
     scope = Scope(function, module, arguments)
     factors = _factors(function)
     found = []
     for node, dropped in call_nodes(function):
-        kind = kind_of_call(node, scope, registered)
+        span = span_of(node)
+        several = known.get(span, ())
+        kind = kind_of_call(node, scope, registered) or next(filter(None, several), None)
         if kind is not None:
             target = in_place_target(node) if dropped and _works_in_place(node) else None
             relu = _is_plain_relu(node, scope) and not dropped
-            span = span_of(node)
-            found.append(Call(ast.unparse(node.func), kind, span, dropped, target, relu, span in factors))
+            mixed = None in several
+            found.append(Call(ast.unparse(node.func), kind, span, dropped, target, relu, span in factors, mixed))
     return found + [Call("swish", "silu", span_of(node)) for node in _swishes(function)]
 
 
-@functools.lru_cache(maxsize=4096)
+def _kinds_called(values: Sequence[Any], registered: Set[int]) -> tuple[str | None, ...]:
+    """Return the kinds of the activations that are called at one place; ``None`` for what is none, or has a hook."""
+    kinds = [
+        None if id(value) in registered else catalog.kind_of_callee(value) or kind_of_short(value) for value in values
+    ]
+    return tuple(dict.fromkeys(kinds))
+
+
+@remembered
 def _swishes(function: types.FunctionType) -> tuple[ast.expr, ...]:
     """Return the expressions that spell a swish out: ``x * sigmoid(x)``, ``x * sigmoid(x * alpha)``."""
     tree, scope = parse(function), Scope(function)
@@ -131,7 +145,7 @@ def _product(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
     return []
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]:
     """Return where activations of optional arguments are called and at once multiplied with something, and of which.
 
@@ -146,7 +160,7 @@ def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]
     optional = {name.arg for name, value in pairs if isinstance(value, ast.Constant) and value.value is None}
     for helper, nodes in helper_nodes(function) if depth else ():
         for parameter in set(_factors(body_of(helper), depth - 1).values()):
-            given = [argument_at(function, span_of(node), helper, parameter) for node in nodes]
+            given = [_argument(node, helper, parameter) for node in nodes]
             handed = {_root_name(each.body if isinstance(each, ast.IfExp) else each) for each in given if each}
             optional |= {each for each in handed if each is not None and each != function.__code__.co_varnames[0]}
     sides: list[ast.expr] = []
@@ -159,6 +173,14 @@ def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]
     calls = [each for each in sides if isinstance(each, ast.Call) and len(each.args) == 1]
     roots = {span_of(each): _root_name(each.args[0]) for each in calls if _may_activate(each, scope)}
     return {span: root for span, root in roots.items() if root in optional}
+
+
+def _argument(call: ast.Call, callee: types.FunctionType, name: str) -> ast.expr | None:
+    code = body_of(callee).__code__
+    named = dict(zip(code.co_varnames[: code.co_argcount], call.args, strict=False))
+    named |= {each.arg: each.value for each in call.keywords if each.arg is not None}
+    found = named.get(name)
+    return None if isinstance(found, ast.Starred) else found
 
 
 def _may_activate(node: ast.Call, scope: Scope) -> bool:
@@ -205,7 +227,7 @@ def _is_plain_relu(node: ast.Call, scope: Scope) -> bool:
         return method and not node.args and not node.keywords
     if not (callee is F.relu or callee is torch.relu or type(callee) is nn.ReLU):
         return False
-    keeps = (isinstance(each.value, ast.Constant) and each.value.value is False for each in node.keywords)
+    keeps = (constant_of(each.value, scope) is False for each in node.keywords)
     return len(node.args) == 1 and not isinstance(node.args[0], ast.Starred) and all(keeps)
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
 import inspect
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from regimewrap.sites.read.memory import remembered
+
 #: Modules of torch's own that call an activation function that they hold.
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 #: Stands for "this expression's value cannot be known without running the method".
 UNKNOWN = object()
+
+#: Functions whose code is exchanged at the moment, to what has their own as ``original``; kept by ``rewrite``.
+EXCHANGED: weakref.WeakKeyDictionary[types.FunctionType, Any] = weakref.WeakKeyDictionary()
 
 Span = tuple[int, int, int, int]
 
@@ -37,11 +42,19 @@ def body_of(function: types.FunctionType) -> types.FunctionType:
     return function
 
 
-@functools.lru_cache(maxsize=4096)
+def code_of(function: types.FunctionType) -> types.CodeType:
+    """Return the code that the user wrote, also while a wrapped model has the function run other code."""
+    exchange = EXCHANGED.get(function)
+    code: types.CodeType = function.__code__ if exchange is None else exchange.original
+    return code
+
+
+@remembered
 def parse(function: types.FunctionType) -> ast.FunctionDef | None:
     """Return a function's syntax tree (do not change it), or ``None`` when it has no readable source of its own.
 
-    Lines count from 1 at the first line of the source, decorators included; columns are those of the file.
+    Lines count from 1 at the first line of the source, decorators included; columns are those of the file. A source
+    that is not the code that runs, since the file was edited after the import, is not read.
     """
     try:
         source = inspect.getsource(function.__code__)
@@ -56,7 +69,39 @@ def parse(function: types.FunctionType) -> ast.FunctionDef | None:
         return None  # a lambda, or several definitions on one line
     if indented:
         ast.increment_lineno(body[0], -1)
-    return body[0]
+    return body[0] if _is_source_of(body[0], function.__code__) else None
+
+
+def _is_source_of(tree: ast.FunctionDef, code: types.CodeType) -> bool:
+    """Say whether code was compiled from a tree, as far as its names and the places of its calls tell."""
+    arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    names = [each.arg for each in arguments]
+    if tree.name != code.co_name or len(names) != code.co_argcount + code.co_kwonlyargcount:
+        return False
+    written: set[str] = set(names)
+    for node in ast.walk(tree):
+        written.update(value for value in vars(node).values() if isinstance(value, str))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            written.update(part for each in node.names for part in each.name.split("."))
+            written.update((getattr(node, "module", None) or "").split("."))
+    # Names with two underscores in front are compiled with that of their class; pytest compiles assertions anew.
+    rewritten = any(name.startswith("@py") for name in (*names_in(code), *code.co_varnames))
+    if not rewritten and not all(name in written or "__" in name for name in names_in(code)):
+        return False
+    places = _places_in(code)
+    first = code.co_firstlineno - 1
+    calls = (each for statement in tree.body for each in ast.walk(statement) if isinstance(each, ast.Call))
+    spans = [
+        (each.lineno + first, each.col_offset, (each.end_lineno or 0) + first, each.end_col_offset) for each in calls
+    ]
+    # What stands behind a constant test, or in the annotation of a variable, is not compiled.
+    return not places or sum(span in places for span in spans) >= len(spans) / 2
+
+
+def _places_in(code: types.CodeType) -> set[tuple[int | None, int | None, int | None, int | None]]:
+    """Return the places of instructions, with those of functions defined inside; none if Python does not keep them."""
+    places = {(line, start, last, end) for line, last, start, end in code.co_positions() if start is not None}
+    return places.union(*(_places_in(each) for each in code.co_consts if isinstance(each, types.CodeType)))
 
 
 def own_methods(module: nn.Module) -> tuple[tuple[type, str, types.FunctionType], ...]:
@@ -65,16 +110,20 @@ def own_methods(module: nn.Module) -> tuple[tuple[type, str, types.FunctionType]
     return _own_methods(cls)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _own_methods(cls: type) -> tuple[tuple[type, str, types.FunctionType], ...]:
     return tuple(
         (home, name, value)
         for home in cls.__mro__
-        if home.__module__.partition(".")[0] != "torch" or home in TORCH_LAYERS
+        if home.__module__.partition(".")[0] != "torch" or issubclass(home, TORCH_LAYERS)
         # Mix-ins bring functions for other times than the forward pass (sampling, losses).
         if issubclass(home, nn.Module) or "forward" in vars(home)
         for name, value in vars(home).items()
-        if home is not object and isinstance(value, types.FunctionType) and not name.startswith("_regimewrap")
+        if home is not object
+        and isinstance(value, types.FunctionType)
+        and not name.startswith("_regimewrap")
+        # What sets an object up, copies or shows it is over before, or apart from, a forward pass.
+        and (name == "__call__" or not (name.startswith("__") and name.endswith("__")))
     )
 
 
@@ -101,13 +150,7 @@ class Scope:
             return self._name(node.id)
         if isinstance(node, ast.Attribute):
             base = self.value_of(node.value)
-            if isinstance(base, types.ModuleType | type):
-                try:
-                    return getattr(base, node.attr, UNKNOWN)
-                except Exception:  # noqa: BLE001  torch.classes and the like load things on access
-                    return UNKNOWN
-            if isinstance(base, nn.Module):
-                return stored(base, node.attr)
+            return UNKNOWN if base is UNKNOWN else attribute_of(base, node.attr)
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             base = self.value_of(node.value)
             if type(base) in (list, tuple, dict, nn.ModuleList, nn.Sequential, nn.ModuleDict):
@@ -138,6 +181,47 @@ def stored(module: nn.Module, name: str) -> Any:
     return UNKNOWN
 
 
+def attribute_of(thing: Any, name: str) -> Any:
+    """Return what an object, a class or a module of Python has under a name, without running or importing anything.
+
+    A static method is its function, a class method is bound; a property, or what ``__getattr__`` makes, is ``UNKNOWN``.
+    """
+    kind = type(thing)  # isinstance would ask a lazy object for its class
+    if issubclass(kind, types.ModuleType):
+        return vars(thing).get(name, UNKNOWN)
+    if issubclass(kind, type):
+        value, owner = _in_classes(thing, name), thing
+    else:
+        is_module, owner = issubclass(kind, nn.Module), kind
+        value = stored(thing, name) if is_module else _own_attributes(thing).get(name, UNKNOWN)
+        if value is not UNKNOWN:
+            return value
+        value = _in_classes(kind, name)
+        if isinstance(value, types.FunctionType):
+            return types.MethodType(value, thing)
+        if hasattr(type(value), "__get__") and not isinstance(
+            value, staticmethod | classmethod | types.BuiltinFunctionType | types.ClassMethodDescriptorType
+        ):
+            return UNKNOWN
+    if isinstance(value, staticmethod):
+        return value.__func__
+    if isinstance(value, types.ClassMethodDescriptorType):  # torch.autograd.Function.apply
+        return value.__get__(None, owner)
+    return types.MethodType(value.__func__, owner) if isinstance(value, classmethod) else value
+
+
+def _own_attributes(thing: object) -> Mapping[str, Any]:
+    try:
+        found: Mapping[str, Any] = object.__getattribute__(thing, "__dict__")
+    except (AttributeError, TypeError):  # slots, or a class
+        return {}
+    return found
+
+
+def _in_classes(cls: type, name: str) -> Any:
+    return next((vars(home)[name] for home in cls.__mro__ if name in vars(home)), UNKNOWN)
+
+
 def in_evaluation_order(node: ast.AST) -> Iterator[ast.AST]:
     """Yield a tree's nodes, children before parents: the order in which Python evaluates nested calls."""
     for child in ast.iter_child_nodes(node):
@@ -154,7 +238,7 @@ def constant_of(node: ast.expr, scope: Scope) -> Any:
     return scope.value_of(node)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def assigned(function: types.FunctionType) -> frozenset[str]:
     """Return the names that code assigns to."""
     tree = parse(function)
@@ -162,7 +246,7 @@ def assigned(function: types.FunctionType) -> frozenset[str]:
     return frozenset(each.id for each in nodes if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load))
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def call_nodes(function: types.FunctionType) -> tuple[tuple[ast.Call, bool], ...]:
     """Return a function's calls in order of evaluation, each with whether its result is dropped."""
     tree = parse(function)
@@ -173,7 +257,7 @@ def call_nodes(function: types.FunctionType) -> tuple[tuple[ast.Call, bool], ...
     return tuple((node, id(node) in dropped) for node in nodes if isinstance(node, ast.Call))
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def names_in(code: types.CodeType) -> frozenset[str]:
     """Return the globals, attributes and closed-over names that code uses, functions defined in it included."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))

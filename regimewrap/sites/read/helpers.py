@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 
 from regimewrap.sites import catalog
 from regimewrap.sites.read.code import Scope, Span, body_of, call_nodes, constant_of, names_in, span_of
+from regimewrap.sites.read.memory import remembered
 from regimewrap.sites.read.named import names_activation
 
 
@@ -66,7 +66,7 @@ def _held_helper_nodes(
     return [(held[name], each) for name, each in nodes.items()]
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _static_methods(cls: type) -> dict[str, types.FunctionType]:
     found = {name: value for home in reversed(cls.__mro__) for name, value in vars(home).items()}
     functions = {name: each.__func__ for name, each in found.items() if isinstance(each, staticmethod)}
@@ -77,7 +77,7 @@ def _static_methods(cls: type) -> dict[str, types.FunctionType]:
 _DEPTH = 3
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def helper_nodes(function: types.FunctionType) -> tuple[tuple[types.FunctionType, tuple[ast.Call, ...]], ...]:
     """Return the plain functions among these that code calls by name, each with its calls."""
     if not any(_is_helper(each, _DEPTH - 1) for each in _named(function)):
@@ -100,7 +100,7 @@ def _is_helper(value: Any, depth: int) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=8192)
+@remembered
 def _reaches_activation(function: types.FunctionType, depth: int) -> bool:
     body = body_of(function)
     return names_activation(body) or (depth > 0 and any(_is_helper(each, depth - 1) for each in _named(body)))
@@ -115,7 +115,7 @@ def _named(function: types.FunctionType) -> list[Any]:
     return values + [each.__func__ if isinstance(each, staticmethod) else each for each in inside]
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def calls_itself(function: types.FunctionType) -> bool:
     """Say whether a plain function calls itself, perhaps by way of others, as far as ``find_helpers`` follows."""
     seen: set[types.FunctionType] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import functools
+import dis
 import types
 from collections.abc import Set
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from regimewrap.sites import catalog
 from regimewrap.sites.read.code import TORCH_LAYERS, UNKNOWN, Scope, constant_of, names_in
+from regimewrap.sites.read.memory import remembered
 
 
 def kind_of_call(node: ast.Call, scope: Scope, registered: Set[int]) -> str | None:
@@ -56,7 +57,47 @@ def _kind_of_item(value: Any, makes: bool) -> str | None:
     return None if isinstance(value, nn.Module) else catalog.kind_of_function(value)
 
 
-@functools.lru_cache(maxsize=4096)
+def kind_of_short(value: Any) -> str | None:
+    """Return the kind of an unnamed function that returns one activation call and does nothing else.
+
+    ``lambda t: F.leaky_relu(t, 0.2)``, a function defined in another, or a method of a helper object.
+    """
+    function = function_of(value)
+    return None if function is None or (function.__module__ or "").startswith("torch") else _kind_returned(function)
+
+
+def function_of(value: Any) -> types.FunctionType | None:
+    """Return the plain function that runs when a function, a method or a helper object is called."""
+    if isinstance(value, types.MethodType):
+        value = value.__func__
+    own = type(value).__dict__.get("__call__")
+    value = own if isinstance(own, types.FunctionType) else value
+    return value if isinstance(value, types.FunctionType) else None
+
+
+@remembered
+def _kind_returned(value: types.FunctionType) -> str | None:
+    code = value.__code__
+    steps = [each.opname for each in dis.get_instructions(code) if each.opname not in ("CACHE", "RESUME", "NOP")]
+    calls = [name for name in steps if name.startswith("CALL") and "INTRINSIC" not in name]
+    if len(calls) != 1 or len(steps) < 2 or steps[-1] != "RETURN_VALUE" or not steps[-2].startswith("CALL"):
+        return None
+    cells = dict(zip(code.co_freevars, value.__closure__ or (), strict=True))
+    held = [_content(cell) for cell in cells.values()] + [value.__globals__.get(name) for name in code.co_names]
+    kinds = {catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in code.co_names}
+    kinds |= {catalog.kind_of_callee(each) for each in held}
+    kinds -= {None}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+@remembered
 def names_activation(function: types.FunctionType) -> bool:
     """Say whether code uses a name that may be an activation's, whatever it does with it."""
     names = names_in(function.__code__)
@@ -68,9 +109,12 @@ def names_activation(function: types.FunctionType) -> bool:
     )
 
 
+_TORCHS = nn.Module().__dict__.keys()
+
+
 def held_activations(module: nn.Module) -> Set[str]:
     """Return the names of plain attributes that are activation functions, or lists or dicts of them."""
-    held = {name for name, value in module.__dict__.items() if not name.startswith("_") and _holds_activation(value)}
+    held = {name for name, value in module.__dict__.items() if name not in _TORCHS and _holds_activation(value)}
     return held | {"activation"} if isinstance(module, TORCH_LAYERS) else held
 
 
