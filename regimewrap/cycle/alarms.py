@@ -60,7 +60,6 @@ class Alarms:
         if sample.calls:
             self._passed, self._missed, self.bound = True, 0, sample.bound
             self._has_cut = self._has_cut or sample.bound > 0
-            self._lowest = min(self._lowest, float(gate.keep_ratio))
             self._next = updates + min(updates, PATIENCE)
             return
         weights = _versions(gate)
@@ -68,6 +67,7 @@ class Alarms:
         # A CUDA graph replays what passed once, and is not seen. Nor is a loop that only counts.
         if not trained or (self._passed and any(each.device.type != "cpu" for each in _parameters(gate))):
             self._missed = 0
+            self._next = updates + min(max(updates // 8, 8), PATIENCE)
             return
         self._missed += 1
         if self._missed > DOUBTS:
@@ -88,7 +88,7 @@ class Alarms:
                 return
             if not self._missed:
                 self._weights = _versions(gate)
-            self._looking = True
+            self._looking, self._lowest = True, min(self._lowest, keep_ratio)
             gate.sample_next()
 
     def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
