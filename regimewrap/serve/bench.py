@@ -194,7 +194,8 @@ def _compiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _int8(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
-    quantised: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    quantised: nn.Module = quantise(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     return lambda: quantised(*args, **kwargs)
 
 
@@ -202,7 +203,8 @@ def _onnxruntime(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     import onnxruntime  # no extra of ours: it is timed where it is installed
 
     file = io.BytesIO()
-    torch.onnx.export(model, args, file, kwargs=kwargs, dynamo=False)
+    export: Any = torch.onnx.export  # a file that is open will do, too
+    export(model, args, file, kwargs=kwargs, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
