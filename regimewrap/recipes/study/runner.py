@@ -196,6 +196,8 @@ class Processes(ThreadPoolExecutor):
             raise RegimewrapError("the run was stopped")
         process.start()
         self._running.add(process)
+        if self._stopped.is_set():  # while it was starting
+            process.terminate()
         theirs.close()
         try:
             ok, answer = ours.recv()
