@@ -6,7 +6,6 @@ would be left if a skipped zero cost nothing. Between two passes other memory is
     python tests/benchmarks/serve_speed.py [--model wrn|mlp|relu|gelu|swiglu] [--batch 1] [--threads 1] [--thresholds 1]
 """
 
-
 from __future__ import annotations
 
 import statistics

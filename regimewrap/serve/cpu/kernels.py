@@ -7,6 +7,7 @@ A linear layer is a window of one on pixels in a row.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numba
@@ -42,21 +43,11 @@ TILE, OUTPUTS = 64, 128
 _CACHE = 1 << 16
 
 
-def _compiled(function: Any) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
+def _compiled(function: Any, **more: Any) -> Any:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", **more}
+    with contextlib.suppress(RuntimeError):  # nowhere to keep the result: compile in each process
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep the result: compile in each process
-        return numba.njit(**options)(function)
-
-
-def _fast(function: Any) -> Any:
-    # Sums may be made in any order; NaN and infinities stay what they are.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
+    return numba.njit(**options)(function)
 
 
 @_compiled
@@ -289,8 +280,7 @@ def linear(
         begin: the first block of 128 outputs that is computed.
         end: one past the last.
         rows: how many there are.
-        inputs: length of a row of ``x``.
-        outputs: length of a row of ``out``.
+        inputs: length of a row of ``x``, and ``outputs`` that of one of ``out``.
     """
     units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
     lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
@@ -329,8 +319,7 @@ def list_places(x: Any, places: Any) -> None:
         place += 1
 
 
-@_fast
-def some_rows(
+def _some_rows(
     x: Any, weight: Any, bias: Any, places: Any, out: Any, begin: int, end: int, inputs: Any, outputs: Any
 ) -> None:
     """Compute the elements of a linear layer's output that ``places[begin:end]`` name, and no others.
@@ -343,8 +332,7 @@ def some_rows(
         out: flat, from (rows, outputs).
         begin: the first that is computed.
         end: one past the last.
-        inputs: length of a row of ``x``.
-        outputs: length of a row of ``out``.
+        inputs: length of a row of ``x``, and ``outputs`` that of one of ``out``.
     """
     for i in range(begin, end):
         place = places[i]
@@ -357,3 +345,7 @@ def some_rows(
         for j in range(inputs):
             total += x[first + j] * weight[start + j]
         out[place] = total + bias[unit] if bias.size else total
+
+
+# Sums may be made in any order; NaN and infinities stay what they are.
+some_rows: Any = _compiled(_some_rows, fastmath={"reassoc", "contract"})
