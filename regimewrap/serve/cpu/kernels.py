@@ -1,8 +1,7 @@
 """Convolutions and linear layers that skip the zeros of their input, on flat float32 arrays; no torch in here.
 
 For each pixel the inputs that are not zero are listed. Then tiles of output pixels are computed, some outputs at a time
-with their sums in registers, and some taps of the window at a time, so that their weights stay in the nearest cache.
-A linear layer is a window of one on pixels in a row.
+with their sums in registers, and some taps at a time, so that their weights stay in the nearest cache.
 """
 
 from __future__ import annotations
@@ -274,13 +273,14 @@ def linear(
 
     Args:
         x: flat, from (rows, inputs).
-        weight: as for ``convolve``, with one tap.
-        bias: filled up to a multiple of 16.
+        weight: as for ``convolve``, with one tap; so is the bias.
+        bias: filled up.
         out: flat, from (rows, outputs).
-        begin: the first block of 128 outputs that is computed.
+        begin: the first block of 128 outputs.
         end: one past the last.
         rows: how many there are.
-        inputs: length of a row of ``x``, and ``outputs`` that of one of ``out``.
+        inputs: length of a row of ``x``.
+        outputs: the same of ``out``.
     """
     units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
     lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
@@ -332,7 +332,8 @@ def _some_rows(
         out: flat, from (rows, outputs).
         begin: the first that is computed.
         end: one past the last.
-        inputs: length of a row of ``x``, and ``outputs`` that of one of ``out``.
+        inputs: length of a row of ``x``.
+        outputs: the same of ``out``.
     """
     for i in range(begin, end):
         place = places[i]
