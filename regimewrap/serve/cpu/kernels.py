@@ -36,10 +36,8 @@ if getattr(numba.config, "DISABLE_JIT", False):
 int64: Any = np.int64
 uint64: Any = np.uint64
 
-#: Output pixels of a tile, and outputs that are summed at once.
-TILE, OUTPUTS = 64, 128
-#: Bytes of weights that stay in the nearest cache with the rest that is used.
-_CACHE = 1 << 16
+TILE, OUTPUTS = 64, 128  # output pixels of a tile, and outputs that are summed at once
+_CACHE = 1 << 16  # bytes of weights that stay in the nearest cache with the rest that is used
 
 
 def _compiled(function: Any, **more: Any) -> Any:
