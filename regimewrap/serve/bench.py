@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import statistics
 import time
@@ -195,15 +196,14 @@ def _compiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _int8(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
     quantise: Any = torch.ao.quantization.quantize_dynamic
-    quantised: nn.Module = quantise(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    quantised = quantise(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     return lambda: quantised(*args, **kwargs)
 
 
 def _onnxruntime(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
-    import onnxruntime  # no extra of ours: it is timed where it is installed
-
+    onnxruntime: Any = importlib.import_module("onnxruntime")  # no extra of ours: it is timed where it is installed
+    export: Any = torch.onnx.export
     file = io.BytesIO()
-    export: Any = torch.onnx.export  # a file that is open will do, too
     export(model, args, file, kwargs=kwargs, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
