@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regimewrap import CyclePolicy, Regime, RegimeCycler, RegimePolicy, TopKGate, gate_of
+from regimewrap import CyclePolicy, Regime, RegimeCycler, TopKGate, gate_of
 from regimewrap.errors import StateError
 
 from .requires import require
-from .states import resume, saved
 
 require("accelerate", "1.3", "accelerate")
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from regimewrap.policy import PolicyLike
 
 
 class AccelerateCycler:
@@ -44,20 +45,27 @@ class AccelerateCycler:
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, policy: RegimePolicy | CyclePolicy | None = None
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        policy: CyclePolicy | PolicyLike | None = None,
+        total_steps: int | None = None,
     ) -> None:
         """Drive a model.
 
         Args:
             accelerator: the loop's.
             model: wrapped with ``regimewrap.wrap``, then prepared by the accelerator.
-            policy: how to cycle; by default the policy that the model was wrapped with.
+            policy: how to cycle: a policy, a preset's name, or the path of a policy file; by default the policy that
+                the model was wrapped with.
+            total_steps: optimizer updates of the whole run, on one process; see ``RegimeCycler``.
 
         Raises:
             NotWrappedError: the model is not wrapped.
+            PolicyError: as ``RegimeCycler``.
             SyncError: the processes have different policies or models.
         """
-        self.cycler = RegimeCycler(model, policy)
+        self.cycler = RegimeCycler(model, policy, total_steps)
         self.cycler.check_sync()
         self._accelerator = accelerator
         self._model = model
@@ -100,7 +108,7 @@ class AccelerateCycler:
         Raises:
             SyncError: one of them does not; the message names it.
         """
-        return saved(self.cycler, self._model, all_ranks=True)
+        return self.cycler.state_dict(all_ranks=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
@@ -108,7 +116,7 @@ class AccelerateCycler:
         Raises:
             StateError: it belongs to another policy, model or version, or is damaged. Nothing changed.
         """
-        resume(self.cycler, self._model, state)
+        self.cycler.load_state_dict(state)
         self._values = []
 
     def _check_file(self, models: list[nn.Module], folder: str) -> None:
@@ -128,6 +136,9 @@ class AccelerateCycler:
             reason = str(error).partition("\n")[0]
             raise StateError(f"{path} is damaged: {reason}. Resume from an older checkpoint.") from None
         try:
-            resume(RegimeCycler(TopKGate(gate_of(self._model).policy), self.cycler.policy), self._model, state)
+            gate = gate_of(self._model)
+            trial = TopKGate(gate.policy)
+            trial.sites = gate.sites
+            RegimeCycler(trial, self.cycler.policy, self.cycler.total_steps).load_state_dict(state)
         except StateError as error:
             raise StateError(f"{path}: {error}") from None

@@ -11,6 +11,7 @@ reduced over ranks here: the cycler does that, once a decision.
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,7 +20,6 @@ from regimewrap import RegimeCycler, RegimePolicy, TopKGate, gate_of, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, SignalError, WrapError
 
 from .requires import require
-from .states import resume, saved
 
 require("lightning", "2.5", "lightning")
 
@@ -41,22 +41,22 @@ class RegimeCallback(Callback):
     without this callback begins a new cycle.
     """
 
-    def __init__(self, policy: RegimePolicy | None = None) -> None:
+    def __init__(self, policy: RegimePolicy | str | os.PathLike[str] | dict[str, Any] | None = None) -> None:
         """Choose a policy.
 
         Args:
-            policy: what to gate, how, and how to cycle. ``None``: the one that the module is wrapped with, and for a
-                bare module the default.
+            policy: what to gate, how, and how to cycle: a policy, a preset's name, the path of a policy file, or its
+                settings as a mapping, as in LightningCLI's files. A preset is scaled to the trainer's
+                ``estimated_stepping_batches`` when ``fit`` begins. ``None``: the one that the module is wrapped with,
+                and for a bare module the default.
 
         Raises:
-            PolicyError: it is not a ``RegimePolicy``.
+            PolicyError: it is none of these.
         """
-        if policy is not None and not isinstance(policy, RegimePolicy):
-            raise PolicyError(
-                f"policy must be a RegimePolicy; got {type(policy).__name__}. "
-                "RegimePolicy.preset(name) and RegimePolicy.from_file(path) make one."
-            )
-        self._policy = policy
+        if isinstance(policy, dict):
+            policy = RegimePolicy.model_validate(policy)
+        self._policy = None if policy is None else RegimePolicy.of(policy)
+        self._trainer: Trainer | None = None
         self._module: LightningModule | None = None
         self._gate: TopKGate | None = None
         self._cycler: RegimeCycler | None = None
@@ -76,6 +76,7 @@ class RegimeCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the module; begin a new cycle with a new ``fit``."""
+        self._trainer = trainer
         if pl_module is not self._module:
             self._module, self._gate, self._cycler = pl_module, None, None
         if stage == "fit" and trainer.global_step == 0:
@@ -89,10 +90,9 @@ class RegimeCallback(Callback):
         Raises:
             NotWrappedError: the module overrides ``configure_model`` and did not wrap there.
         """
-        del trainer
         self._attach(pl_module)
         if self._cycler is None:
-            self._cycler = RegimeCycler(pl_module)
+            self._cycler = RegimeCycler(pl_module, total_steps=_length(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that all ranks begin alike."""
@@ -124,9 +124,7 @@ class RegimeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all running state of all ranks, for the trainer's checkpoint; all ranks call this together."""
-        if self._cycler is None or self._module is None:
-            return {}
-        return saved(self._cycler, self._module, all_ranks=True)
+        return {} if self._cycler is None else self._cycler.state_dict(all_ranks=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the state in a checkpoint.
@@ -137,9 +135,17 @@ class RegimeCallback(Callback):
         if self._module is None:
             raise WrapError("RegimeCallback loads its state from the trainer's checkpoints: pass ckpt_path to fit().")
         self._attach(self._module)
-        cycler = RegimeCycler(self._module)
-        resume(cycler, self._module, state_dict)
+        cycler = RegimeCycler(self._module, total_steps=self._length_for(state_dict))
+        cycler.load_state_dict(state_dict)
         self._cycler = cycler
+
+    def _length_for(self, state: dict[str, Any]) -> int | None:
+        """Return the length of the run that goes on; where nothing goes on, as in ``validate``, the saved one's."""
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            return _length(self._trainer)
+        policy = state.get("policy")
+        length = policy.get("cycle", {}).get("scaled_to") if isinstance(policy, dict) else None
+        return length if isinstance(length, int) else None
 
     def _attach(self, module: LightningModule) -> None:
         """Wrap a module, or check that it is wrapped as the policy says."""
@@ -180,3 +186,9 @@ class RegimeCallback(Callback):
             f"the policy monitors {name!r}, which training_step neither returned nor logged; "
             f"return it in its dict, or call self.log({name!r}, value)."
         )
+
+
+def _length(trainer: Trainer) -> int | None:
+    """Return the optimizer updates of the whole run; ``None`` if it has no end."""
+    length = trainer.estimated_stepping_batches
+    return int(length) if 1 <= length < math.inf else None

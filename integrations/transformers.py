@@ -25,7 +25,6 @@ from regimewrap import RegimeCycler, RegimePolicy, gate_of, watch, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, SignalError, StateError, WrapError
 
 from .requires import require
-from .states import resume, saved
 
 require("transformers", "4.50", "transformers")
 require("accelerate", "1.3", "transformers")
@@ -37,11 +36,12 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from regimewrap.measure.telemetry import Watch
+    from regimewrap.policy import PolicyLike
 else:
     Trainer = object
 
 #: The phases, as the numbers they are logged as: not every reporter takes text.
-PHASES = ("dense", "compress", "recover")
+PHASES = ("dense", "compress", "recover", "spread")
 
 _log = logging.getLogger(__name__)
 
@@ -61,24 +61,19 @@ class RegimeCallback(TrainerCallback, ExportableState):
     this one when it resumes: ask ``trainer.callback_handler.callbacks`` for it, or the mixin for ``trainer.regime``.
     """
 
-    def __init__(self, policy: RegimePolicy | None = None) -> None:
+    def __init__(self, policy: PolicyLike | None = None) -> None:
         """Choose a policy.
 
         Args:
-            policy: what to gate, how, and how to cycle. ``None``: the one that the model is wrapped with; for a bare
-                model the one in its ``config.regimewrap``, else the default. A causal language model needs
-                ``scope="position"``.
+            policy: what to gate, how, and how to cycle: a policy, a preset's name, or the path of a policy file. A
+                preset is scaled to the trainer's ``max_steps`` when training begins. ``None``: the one that the model
+                is wrapped with; for a bare model the one in its ``config.regimewrap``, else the default. A causal
+                language model needs ``scope="position"``.
 
         Raises:
-            PolicyError: it is not a ``RegimePolicy``.
+            PolicyError: it is none of these.
         """
-        if policy is not None and not isinstance(policy, RegimePolicy):
-            raise PolicyError(
-                f"policy must be a RegimePolicy; got {type(policy).__name__}. "
-                "RegimePolicy.preset(name) and RegimePolicy.from_file(path) make one."
-            )
-        self._policy = policy
-        self._model: nn.Module | None = None
+        self._policy = None if policy is None else RegimePolicy.of(policy)
         self._cycler: RegimeCycler | None = None
         self._shared: dict[str, Any] | None = None  # the latest state of all ranks
         self._loss: Tensor | None = None  # of this update, summed over its micro-batches
@@ -101,7 +96,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
         if self._cycler is None:
             return {"args": {}, "attributes": {}}
         # Only rank 0 is asked, so what the others had to add was gathered when the save became due.
-        known = self._shared is not None and self._shared["cycler"]["updates"] == self._cycler.updates
+        known = self._shared is not None and self._shared["updates"] == self._cycler.updates
         return {"args": {}, "attributes": {"regime": self._shared if known else self._saved()}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -115,7 +110,8 @@ class RegimeCallback(TrainerCallback, ExportableState):
         """Begin a cycle, or go on with the one in the checkpoint.
 
         Raises:
-            StateError: the checkpoint's state belongs to another policy, model or version, or is damaged.
+            StateError: the checkpoint's state belongs to another policy, model, version or length of the run, or is
+                damaged.
             SyncError: the ranks do not begin alike.
             WrapError: the trainer has two of these callbacks.
         """
@@ -126,14 +122,14 @@ class RegimeCallback(TrainerCallback, ExportableState):
         if isinstance(kept, list):
             raise WrapError(f"the trainer has {len(kept)} callbacks {name}; one drives the model: remove the others.")
         self._attach(kwargs["model"])  # a trainer with model_init has just made a new one
-        self._cycler = RegimeCycler(kwargs["model"])
+        self._cycler = RegimeCycler(kwargs["model"], total_steps=state.max_steps if state.max_steps > 0 else None)
         self._shared, self._loss, self._gets_each_loss, self._logged = None, None, False, state.global_step
         # At step 0 what is kept is only what the trainer has asked this object itself.
         if state.global_step > 0:
             if kept is None:
                 _log.info("The checkpoint of step %d has no regime: a new cycle begins.", state.global_step)
             else:
-                resume(self._cycler, kwargs["model"], _regime(kept, name))
+                self._cycler.load_state_dict(_regime(kept, name))
         self._cycler.check_sync()
         entries[name] = self.state()  # the trainer fails to save what is not there yet
 
@@ -179,7 +175,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         try:
             kept = _state_file(state.best_model_checkpoint)["stateful_callbacks"][name]
-            gate_of(kwargs["model"]).set_keep_ratio(_regime(kept, name)["keep_ratio"])
+            gate_of(kwargs["model"]).set_keep_ratio(_ratio(_regime(kept, name)))
         except (OSError, KeyError, StateError) as error:  # the training is done; this is no reason to lose it
             _log.warning("The keep ratio is not that of %s: %s", state.best_model_checkpoint, error)
 
@@ -235,7 +231,6 @@ class RegimeCallback(TrainerCallback, ExportableState):
             )
         if config is not None:
             config.regimewrap = gate.policy.model_dump(mode="json")
-        self._model = model
 
     def _before_save(self, args: TrainingArguments, control: TrainerControl) -> None:
         best = control.should_evaluate and args.save_strategy == "best"  # decided only after the evaluation
@@ -247,8 +242,8 @@ class RegimeCallback(TrainerCallback, ExportableState):
             control.should_log = True
 
     def _saved(self, *, all_ranks: bool = False) -> dict[str, Any]:
-        assert self._model is not None  # noqa: S101 - it comes before the cycler
-        return saved(self.cycler, self._model, all_ranks=all_ranks)
+        assert self._cycler is not None  # noqa: S101 - there is something to save
+        return self._cycler.state_dict(all_ranks=all_ranks)
 
 
 class RegimeTrainerMixin(Trainer):
@@ -258,7 +253,7 @@ class RegimeTrainerMixin(Trainer):
     loss, and with them ``log_history`` and every reporter, gain
 
     - ``keep_ratio``, of the next update;
-    - ``phase``: 0 dense, 1 compress, 2 recover;
+    - ``phase``: 0 dense, 1 compress, 2 recover, 3 spread;
     - ``cycle``: how often the ratio was raised;
     - ``density``: the share of units that were not zero after the gate, in a forward pass of this rank since the log
       before: the last one where ``logging_steps`` divides the step, else the first. Not with ``torch_compile``.
@@ -301,12 +296,10 @@ class RegimeTrainerMixin(Trainer):
         """As the trainer's, with keep ratio, phase, cycle and density in the logs of training."""
         if "loss" in logs:
             self.regime.observe(logs, self.state.global_step)
-            cycler = self.regime.cycler
-            history = cycler.history
-            phase = history[-1].phase if history else "dense" if cycler.keep_ratio == 1 else "compress"
-            logs["keep_ratio"] = cycler.keep_ratio
-            logs["phase"] = PHASES.index(phase)
-            logs["cycle"] = history[-1].cycle if history else 0
+            regime = self.regime.cycler.regime
+            logs["keep_ratio"] = regime.keep_ratio
+            logs["phase"] = PHASES.index(regime.phase)
+            logs["cycle"] = regime.cycle
             if self._seen is not None:
                 logs["density"] = self._seen.density
                 self._seen = None
@@ -359,3 +352,8 @@ def _regime(kept: object, name: str) -> Any:
             f"the checkpoint's state of {name} is damaged: expected attributes with a regime. "
             "Resume from another checkpoint, or delete that entry from its trainer_state.json to begin a new cycle."
         ) from None
+
+
+def _ratio(regime: dict[str, Any]) -> float:
+    """Return the keep ratio of a saved state, of version 1 too."""
+    return float(regime["cycler"]["state"]["keep_ratio"] if "cycler" in regime else regime["state"]["keep_ratio"])

@@ -4,6 +4,7 @@
 the training loop, ``sweep`` shows what the network can do at each budget, and ``unwrap`` leaves nothing behind.
 """
 
+import regimewrap._command  # noqa: F401 - before torch, whose import takes seconds
 from regimewrap._version import __version__
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.cycle.state import Regime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -11,10 +12,14 @@ def main() -> int:
         from regimewrap.cli import run
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("rich", "typer"):
+        if package not in ("rich", "typer"):  # some versions of typer need rich
             raise
         sys.stderr.write(f"Error: the command line needs {package}; run: pip install 'regimewrap[cli]'\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see regimewrap._command
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return run(sys.argv[1:])
 
 

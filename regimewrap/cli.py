@@ -1,17 +1,19 @@
 """The command line: arguments to calls, errors to one line and an exit status. No work of its own.
 
-0 is success, 1 a reader of the output that left, 2 a mistake of the user or something missing, 3 a benchmark that
-crashed, 130 Ctrl-C. What was wrong goes to standard error.
+0 is success, 1 a reader of the output that left, 2 a mistake of the user or something missing, 130 Ctrl-C, 143 SIGTERM.
+What was wrong goes to standard error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
 import shlex
+import shutil
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,34 +22,29 @@ import torch
 import typer
 
 from regimewrap._version import __version__
-from regimewrap.errors import DataError, MissingExtraError, NoSitesError, RegimewrapError
-from regimewrap.policy.policy import PRESETS, RegimePolicy
+from regimewrap.errors import MissingExtraError, NoSitesError, RegimewrapError
+from regimewrap.files import claimed_folder
+from regimewrap.policy.policy import PRESETS, RegimePolicy, require_ratio
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.demo import DEMO_WORK, demo_experiment, demo_jobs
-from regimewrap.recipes.live import CountBar, RunsBar, describe, say, stdout_console, stopping_on_interrupt, working
 from regimewrap.recipes.models import load_model
-from regimewrap.recipes.outputs import claimed_folder, save_weights
-from regimewrap.recipes.records import device_text, versions
-from regimewrap.recipes.training import TrainSettings, build_model, train_run
-from regimewrap.recipes.wide_resnet import parse_arch
 from regimewrap.recipes.workers import default_workers, train_jobs
 from regimewrap.report import conclusion, console_table, write_report
-from regimewrap.report.results import Arm, Experiment, Run
 from regimewrap.wrap import plan as make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-
-    from regimewrap.recipes.data import ImageData
-    from regimewrap.recipes.training import Status, Trained
+    from regimewrap.report.results import Experiment, Run
 
 # Every version of typer raises click's own exceptions, but not every one has click under that name.
 _ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 _INTERRUPTED = 130
-_FEWEST_STEPS = 800
+
+_RUN_HELP = "Folder or .pt file that train left."
+_RATIOS_HELP = "Budgets to evaluate at, in (0, 1], with commas."
+_RATIOS = "1,0.5,0.2,0.1"
 
 app = typer.Typer(add_completion=False, help="Train one PyTorch network across many activation budgets.")
 policy_app = typer.Typer(help="Show and check policies.")
@@ -61,13 +58,16 @@ def run(arguments: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            status = app(args=list(arguments), prog_name="regimewrap", standalone_mode=False)
+            status = app(args=list(arguments), prog_name="regimewrap", standalone_mode=False, obj=list(arguments))
+            sys.stdout.flush()
         except _ClickError as error:
             return _failed(f"{error.format_message().rstrip('.')}. See --help.")
         except RegimewrapError as error:
             return _failed(str(error))
         except torch.OutOfMemoryError:
             return _failed("the GPU's memory is full. Choose smaller batches with --batch-size.")
+        except OSError as error:
+            return _output_lost(error)
         except (KeyboardInterrupt, typer.Abort):
             return _INTERRUPTED
     return status if isinstance(status, int) else 0
@@ -91,101 +91,148 @@ def demo(
 ) -> int:
     """Train one small network on digits: dense, and with two policies that move its budget. Write a report."""
     _require_plotting()
-    console = stdout_console()
     with claimed_folder(out):
         data = load_data(DEMO_WORK.source, limit=DEMO_WORK.limit)
         jobs = demo_jobs(DEMO_WORK, len(data.train), range(seeds))
         workers = min(default_workers(), len(jobs))
         arms = ", ".join(dict.fromkeys(job.arm for job in jobs))
-        say(
-            console,
-            f"{DEMO_WORK.settings.arch}, {len(data.train)} digits; {arms}: {len(jobs)} runs, {workers} at once.",
-        )
+        typer.echo(f"{DEMO_WORK.settings.arch}, {len(data.train)} digits; {arms}: {len(jobs)} runs, {workers} at once.")
         runs: list[Run] = []
         interrupted = False
         try:
-            with RunsBar(console, len(jobs)) as bar:
-                for job, message in train_jobs(jobs, DEMO_WORK, workers):
-                    name = f"{job.arm}, seed {job.seed}"
-                    if isinstance(message, Run):
-                        runs.append(message)
-                        bar.finish(name, f"{len(runs):>3}/{len(jobs)}  {name:<24}  {_outcome(message)}")
-                    else:
-                        bar.update(name, message)
+            for job, made in train_jobs(jobs, DEMO_WORK, workers):
+                runs.append(made)
+                name = f"{job.arm}, seed {job.seed}"
+                typer.echo(f"{len(runs):>3}/{len(jobs)}  {name:<24}  {_outcome(made)}")
         except KeyboardInterrupt:
             interrupted = True
             if not runs:
-                say(console, "Interrupted before a run had ended; nothing was written.")
+                typer.echo("Interrupted before a run had ended; nothing was written.")
                 return _INTERRUPTED
         command = f"regimewrap demo --seeds {seeds}"
-        _report(console, demo_experiment(runs, DEMO_WORK, data, command, interrupted=interrupted), out)
+        _report(demo_experiment(runs, DEMO_WORK, data, command, interrupted=interrupted), out)
     return _INTERRUPTED if interrupted else 0
 
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="digits, cifar10, or a folder or zip with train/ and test/ of images.")],
-    arch: Annotated[str, typer.Option(help="wrn-DEPTH-WIDTH; DEPTH is 6n + 4.")] = "wrn-16-2",
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "loss-reset",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in an update.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most training images, and most test images.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order, and the draw of --limit.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the weights.")] = Path("regimewrap-train"),
+    context: typer.Context,
+    data: Annotated[Path, typer.Argument(help="Folder: train/ and val/ with a folder a class, or a folder a class.")],
+    model: Annotated[str, typer.Option(help="Any model of timm, such as resnet18.")],
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
+    out: Annotated[Path, typer.Option(help="Folder for model.pt and summary.csv.")] = Path("regimewrap-train"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 30,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pictures in an update.")] = 64,
+    img_size: Annotated[int | None, typer.Option(min=8, help="Height and width; else the model's own.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Begin with timm's weights.")] = False,
+    model_kwargs: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For timm, repeatable.")] = None,
+    opt: Annotated[str, typer.Option(help="An optimizer of timm's.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Largest learning rate; it falls along a cosine.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of the optimizer.")] = 0.05,
+    warmup_epochs: Annotated[float, typer.Option(min=0, help="Epochs in which the learning rate rises.")] = 1.0,
+    clip_grad: Annotated[float | None, typer.Option(min=0, help="Largest norm of the gradient.")] = None,
+    smoothing: Annotated[float, typer.Option(min=0, max=0.99, help="Of the labels.")] = 0.0,
+    ema: Annotated[float | None, typer.Option(min=0, max=1, help="Average weights; the share of the past.")] = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Compute in bfloat16 where that is safe.")] = False,
+    augment: Annotated[bool, typer.Option(help="Crop, flip and so on at random.")] = True,
+    crop_scale: Annotated[float, typer.Option(min=0.01, max=1, help="Least share of a picture in a crop.")] = 0.35,
+    hflip: Annotated[float, typer.Option(min=0, max=1, help="Share of pictures that are mirrored.")] = 0.5,
+    color_jitter: Annotated[float, typer.Option(min=0, help="How far colours change.")] = 0.0,
+    aa: Annotated[str | None, typer.Option(help="timm's auto-augment, such as rand-m9-mstd0.5.")] = None,
+    re_prob: Annotated[float, typer.Option(min=0, max=1, help="Share of pictures with a part erased.")] = 0.0,
+    mixup: Annotated[float, typer.Option(min=0, help="Alpha of mixup; 0 is without.")] = 0.0,
+    keep_ratios: Annotated[str, typer.Option(help=_RATIOS_HELP)] = _RATIOS,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and augmentation.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="How many runs, with seeds from --seed on.")] = 1,
+    compare: Annotated[bool, typer.Option("--compare", help="Train a dense twin with each run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on, or begin if there is no checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read pictures.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.")] = None,
 ) -> int:
-    """Train a wide residual network on images while its budget moves as the policy says. Write a report."""
-    if not 0 < lr < float("inf"):
-        raise typer.BadParameter(f"{lr:g} is not a positive number.", param_hint="'--lr'")
-    parse_arch(arch)
-    _policy_named(policy)
-    _require_plotting()
-    console = stdout_console()
-    settings = TrainSettings(arch=arch, epochs=epochs, batch_size=batch_size, lr=lr)
-    with claimed_folder(out):
-        with CountBar(console, "reading images") as reading:
-            images = load_data(data, limit=limit, test_limit=limit, seed=seed, on_progress=reading)
-        say(console, f"Data: {images.about}.")
-        trained, arm = _train_one(console, images, policy, settings, seed)
-        options = {
-            "--data": data,
-            "--arch": arch,
-            "--policy": policy,
-            "--epochs": epochs,
-            "--batch-size": batch_size,
-            "--lr": lr,
-            "--limit": limit,
-            "--seed": seed,
-        }
-        shown = [str(word) for option in options.items() if option[1] is not None for word in option]
-        total = settings.total_steps(len(images.train))
-        interrupted = trained.updates < total
-        record = {"data": images.about, **settings.as_record(), "updates": total}
-        if interrupted:
-            record["interrupted"] = f"after update {trained.updates} of {total}"
-        experiment = Experiment(
-            title=f"{arch} on {data}",
-            command=shlex.join(["regimewrap", "train", *shown]),
-            settings=record,
-            versions=versions(),
-            device=device_text(next(trained.model.parameters()).device),
-            arms=[arm],
-            runs=[trained.run],
-        )
-        save_weights(trained.model, out / "model.pt")
-        _report(console, experiment, out)
-    return _INTERRUPTED if interrupted else 0
+    """Train a model on your pictures while its budget moves; leave one file that predicts at every budget."""
+    from regimewrap.train.folder import Folder
+    from regimewrap.train.run import settings_from
+
+    settings = settings_from({**context.params, "keep_ratios": _ratios(keep_ratios)})
+    folder = Folder(
+        out,
+        data,
+        settings,
+        _policy_named(policy),
+        seeds=range(seed, seed + seeds),
+        compare=compare,
+        device=_device(device),
+        workers=default_workers() if workers is None else workers,
+        say=_say,
+        show=_show,
+    )
+    status = folder.train(resume=resume, overwrite=overwrite)
+    if status:
+        words = [word for word in context.obj if word not in ("--resume", "--overwrite")]
+        _say(f"Go on with: {shlex.join(['regimewrap', *words, '--resume'])}")
+    else:
+        _say(f"{folder.table(_width())}\nModel: {out / 'model.pt'}.")
+        _say(f"Try: regimewrap predict {out} PICTURE --keep-ratio 0.1")
+    return status
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help=_RUN_HELP)],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Files.")],
+    keep_ratio: Annotated[float, typer.Option(help="The budget, in (0, 1].")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 1,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.")] = None,
+) -> None:
+    """Say which classes pictures are of, at any budget."""
+    from regimewrap.train import saved, uses
+
+    for path, classes in uses.predict(saved.load(run, _device(device)), pictures, keep_ratio, top):
+        typer.echo(f"{path}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in classes)}")
+
+
+@app.command("sweep")
+def sweep_command(
+    run: Annotated[Path, typer.Argument(help=_RUN_HELP)],
+    data: Annotated[Path | None, typer.Argument(help="Folder of pictures; else the training's.")] = None,
+    keep_ratios: Annotated[str, typer.Option(help=_RATIOS_HELP)] = "1,0.5,0.3,0.2,0.1,0.05",
+    save: Annotated[Path | None, typer.Option(help="A .csv or .json file for the figures.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read pictures.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.")] = None,
+) -> None:
+    """Show the accuracy on pictures at each budget."""
+    from regimewrap.train import saved, uses
+
+    readers = default_workers() if workers is None else workers
+    swept = uses.sweep(saved.load(run, _device(device)), _ratios(keep_ratios), data, readers)
+    typer.echo(swept)
+    if save is not None:
+        swept.save(save)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help=_RUN_HELP)],
+    onnx: Annotated[Path, typer.Option(help="The file to write.")],
+    data: Annotated[Path | None, typer.Option(help="Pictures to find thresholds on.")] = None,
+    keep_ratio: Annotated[float, typer.Option(help="The budget, in (0, 1].")] = 1.0,
+) -> None:
+    """Write a trained model at one budget as ONNX."""
+    from regimewrap.train import saved, uses
+
+    uses.export_onnx(saved.load(run), onnx, keep_ratio, data)
+    typer.echo(f"Written: {onnx}, at keep ratio {keep_ratio:g}.")
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or PACKAGE.MODULE:CALLABLE.")],
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
 ) -> int:
     """Show which activations of a model would be gated, and why. Changes nothing."""
     chosen = _policy_named(policy)
-    with working(f"planning {model}"):
-        planned = make_plan(load_model(model), chosen)
+    planned = make_plan(load_model(model), chosen)
     if not planned.rows:
         raise NoSitesError(f"{model} has no activation that is known; there is nothing to gate.")
     typer.echo(str(planned))
@@ -197,29 +244,9 @@ def plan(
     return 0
 
 
-@app.command()
-def bench(
-    only: Annotated[list[str] | None, typer.Option(help="A benchmark's name; give it once for each.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, and not those that take minutes.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("regimewrap-bench"),
-) -> int:
-    """Measure what the gate costs, beside the targets. From a checkout: it runs the scripts in tests/benchmarks/."""
-    script = Path(__file__).parents[1] / "tests" / "benchmarks" / "run_all.py"
-    if not script.is_file():
-        raise DataError(
-            f"bench runs the scripts of a checkout, and there are none beside {Path(__file__).parent}. "
-            "Run python -m regimewrap bench in the top folder of a checkout."
-        )
-    spec: Any = importlib.util.spec_from_file_location("regimewrap_benchmarks", script)
-    benchmarks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmarks)
-    status: int = benchmarks.run_all(only or (), quick=quick, out=out)
-    return status
-
-
 @policy_app.command("show")
 def policy_show(
-    policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "loss-reset",
+    policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "mixed",
     steps: Annotated[int | None, typer.Option(min=1, help="Rescale a preset to a run of so many updates.")] = None,
 ) -> None:
     """Print a policy as YAML, ready for a file."""
@@ -239,49 +266,9 @@ def policy_schema() -> None:
     typer.echo(json.dumps(RegimePolicy.json_schema(), indent=2))
 
 
-def _train_one(
-    console: Console, images: ImageData, policy: str, settings: TrainSettings, seed: int
-) -> tuple[Trained, Arm]:
-    total = settings.total_steps(len(images.train))
-    chosen = _policy_named(policy, max(total, _FEWEST_STEPS))
-    say(console, str(make_plan(build_model(settings.arch, images), chosen)).splitlines()[0] + ".")
-    decisions = total // chosen.cycle.every
-    say(console, f"{total} updates; the policy decides every {chosen.cycle.every}, so {decisions} times.")
-    arm = Arm(
-        name=policy if policy in PRESETS else Path(policy).stem,
-        about=f"Strategy {chosen.cycle.strategy.kind}, watching {chosen.cycle.monitor}.",
-        policy=chosen.model_dump(mode="json"),
-    )
-    began = time.monotonic()
-
-    def show(status: Status) -> None:
-        bar.update(arm.name, status)
-        if status.epoch_done:
-            epoch = f"epoch {status.epoch:>{len(str(settings.epochs))}}/{settings.epochs}"
-            bar.say(f"{epoch}  {describe(status)}  {time.monotonic() - began:.1f} s")
-
-    def stopping() -> None:
-        bar.say("Stopping after this update, then evaluating; Ctrl-C again leaves at once.")
-
-    with RunsBar(console) as bar, stopping_on_interrupt(stopping) as asked:
-        trained = train_run(
-            arm.name,
-            chosen,
-            images,
-            settings,
-            seed=seed,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            on_step=show,
-            on_evaluate=bar.evaluated,
-            should_stop=asked,
-        )
-    return trained, arm
-
-
 def _policy_named(name: str, total_steps: int | None = None) -> RegimePolicy:
     """Return a preset, rescaled, or the policy in a file as it is."""
-    looks_like_file = name not in PRESETS and (Path(name).suffix or os.sep in name or os.path.lexists(name))
-    return RegimePolicy.from_file(name) if looks_like_file else RegimePolicy.preset(name, total_steps)
+    return RegimePolicy.of(name, total_steps)
 
 
 def _require_plotting() -> None:
@@ -295,12 +282,41 @@ def _outcome(run: Run) -> str:
     return f"{figures}; cycles {run.cycles}; {run.train_seconds:.1f} s"
 
 
-def _report(console: Console, experiment: Experiment, out: Path) -> None:
-    with working("writing the report"):
-        write_report(experiment, out)
-    console.print(console_table(experiment))
-    say(console, conclusion(experiment))
-    say(console, f"Report: {out / 'report.html'}")
+def _report(experiment: Experiment, out: Path) -> None:
+    write_report(experiment, out)
+    typer.echo(console_table(experiment, _width()))
+    typer.echo(conclusion(experiment))
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(require_ratio("--keep-ratios", float(part)) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected {_RATIOS} or the like; got {text}", param_hint="'--keep-ratios'") from None
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise typer.BadParameter(str(error).partition("\n")[0], param_hint="'--device'") from None
+
+
+def _say(line: str) -> None:
+    """Print a line that stays."""
+    typer.echo(f"\r\x1b[K{line}" if sys.stdout.isatty() else line)
+
+
+def _show(line: str) -> None:
+    """Print, in a terminal, a line that the next one takes the place of."""
+    if sys.stdout.isatty():
+        typer.echo(f"\r\x1b[K{line[: (_width() or 80) - 1]}", nl=False)
+
+
+def _width() -> int | None:
+    """Return the terminal's columns; ``None`` where nobody looks at one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -311,3 +327,12 @@ def _failed(text: str) -> int:
     for line in text.splitlines():
         sys.stderr.write(f"Error: {line}\n")
     return 2
+
+
+def _output_lost(error: OSError) -> int:
+    """Say why standard output cannot be written, and keep Python from trying once more on its way out."""
+    with contextlib.suppress(OSError, ValueError):  # no file at all behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        return 1
+    return _failed(f"{error.filename or 'standard output'} cannot be used: {error.strerror or error}.")

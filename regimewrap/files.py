@@ -1,26 +1,28 @@
-"""Files and words that every room needs: whole-file writes, the nearest name, differences between settings.
+"""Files and words that every room needs: whole-file writes, folders, tables, the nearest name, differing settings.
 
 Knows of no model, no policy and no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import reprlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from regimewrap.errors import DataError
 
 
-def write_whole(path: str | os.PathLike[str], content: str | bytes | Callable[[Path], object]) -> None:
+def write_whole(path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file whole or not at all: beside its place first, then moved there.
 
     Args:
         path: where the file goes.
-        content: text (written as UTF-8), bytes, or a function that writes the file it is given.
+        content: text (written as UTF-8), bytes, or a function that writes into the open file it is given.
 
     Raises:
         DataError: it cannot be written. A file that was there is as it was, and nothing lies beside it.
@@ -29,20 +31,73 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes | Callable[[P
     beside = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
         beside = Path(name)
-        if callable(content):
-            content(beside)
-        else:
-            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with os.fdopen(handle, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
         beside.chmod(0o644)  # mkstemp's own is for the owner alone
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+    except OSError as error:
+        reason = error.strerror or error
         raise DataError(f"{path} cannot be written: {reason}. Free some space or choose another place.") from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder and prove that it can be written; on the way out, remove what was made and is still empty.
+
+    Raises:
+        DataError: it cannot be made or written.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made += [each for each in (folder, *folder.parents) if not each.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except FileExistsError:
+            raise DataError(f"cannot write to {folder}: it is a file. Choose a folder with --out.") from None
+        except OSError as error:
+            raise DataError(f"cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
+        yield folder
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # not empty, or never made
+                each.rmdir()
+
+
+def text_table(rows: Sequence[Sequence[object]], width: int | None = None) -> str:
+    """Return rows as aligned columns; the first row names the columns, the first column is set to the left.
+
+    Args:
+        rows: of cells, all of one length.
+        width: columns of the terminal. A table that is wider becomes a block of lines for each row, so that no figure
+            is cut.
+
+    >>> print(text_table([("budget", "accuracy"), ("full", 0.93), (0.1, 0.9)]))
+    budget  accuracy
+    full        0.93
+    0.1          0.9
+    """
+    table = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        (_, *names), *body = table
+        pad = max(map(len, names))
+        return "\n".join(
+            "\n".join([first, *(f"  {name:<{pad}}  {cell}" for name, cell in zip(names, cells, strict=True))])
+            for first, *cells in body
+        )
+    return "\n".join(
+        "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{size}}" for cell, size in zip(rest, widths[1:], strict=True))])
+        for first, *rest in table
+    )
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
@@ -56,9 +111,16 @@ def nearest(name: object, names: Iterable[str]) -> str:
     return f" Did you mean {known[found[0]]!r}?" if found else ""
 
 
+# YAML's aliases make a few bytes into a value whose whole repr takes minutes.
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel = 4
+_BOUNDED.maxdict = _BOUNDED.maxlist = _BOUNDED.maxtuple = _BOUNDED.maxset = 12
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 200
+
+
 def shown(value: object) -> str:
     """Return ``value`` as it is put into a message: its repr, on one line and short."""
-    text = " ".join(repr(value).split())
+    text = " ".join(_BOUNDED.repr(value).split())
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 

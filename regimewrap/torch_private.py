@@ -45,6 +45,11 @@ def has_functorch_transforms() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; an optimizer's update counts."""
+    return tensor._version
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Say whether ``vmap`` maps over a dimension of this tensor that its shape does not show."""
     return torch._C._functorch.is_batchedtensor(tensor)

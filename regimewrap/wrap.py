@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError
 from regimewrap.gate.compiled import notice_hooks
 from regimewrap.gate.gate import TopKGate, at_keep_ratio, find_gate, whole_of
 from regimewrap.measure.verify import verify
-from regimewrap.policy.policy import RegimePolicy
+from regimewrap.policy.policy import PolicyLike, RegimePolicy
 from regimewrap.rewrite import apply as rewriting
 from regimewrap.rewrite.prepare import prepare
 from regimewrap.sites.choose import check, choose, site_for
@@ -27,12 +26,12 @@ from regimewrap.torch_private import compiles_itself, is_compiled_module, origin
 M = TypeVar("M", bound=nn.Module)
 
 
-def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs: Any = None) -> Plan:
+def plan(model: nn.Module, policy: PolicyLike | None = None, *, example_inputs: Any = None) -> Plan:
     """Say what ``wrap`` would do to a model, and why, without doing it.
 
     Args:
         model: any ``torch.nn.Module`` that is not wrapped.
-        policy: what to gate; the default policy if ``None``.
+        policy: what to gate: a policy, a preset's name or a policy file; ``None``: the default.
         example_inputs: what the model can be called with: a tuple of positional arguments, a mapping of keyword ones,
             or a single one. With it the model is run once, without a trace left, and the shapes of its activations
             help to tell features from the weights that gates compute.
@@ -45,7 +44,7 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
         PolicyError: the policy names kinds or patterns that the model does not have, or contradicts itself.
     """
     root = _root(model)
-    policy = _policy(policy)
+    policy = RegimePolicy.of(policy)
     gate = find_gate(root)
     if gate is not None:
         whole = whole_of(root, gate)
@@ -69,12 +68,12 @@ def plan(model: nn.Module, policy: RegimePolicy | None = None, *, example_inputs
     return Plan(type(root).__name__, tuple(rows), prepared.rebindings)
 
 
-def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = None, strict: bool = True) -> M:
+def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = None, strict: bool = True) -> M:
     """Put one shared top-k gate behind the chosen activations of a model, in place.
 
     Args:
         model: any ``torch.nn.Module``; DDP's or ``torch.compile``'s wrapper around one works too.
-        policy: what to gate and how; the default policy if ``None``.
+        policy: what to gate and how: a policy, a preset's name or a policy file; ``None``: the default.
         example_inputs: as for ``plan``. With it the wrapped model is also compared with the bare one: the same output,
             bit for bit, at full budget, and no selected activation that runs without a gate.
         strict: raise if the policy selects an activation that cannot be gated soundly; otherwise warn.
@@ -95,7 +94,7 @@ def wrap(model: M, policy: RegimePolicy | None = None, *, example_inputs: Any = 
         WrapError: not a model, scripted, or its output changed. After any failure the model is as it was.
     """
     root = _root(model)
-    policy = _policy(policy)
+    policy = RegimePolicy.of(policy)
     planned = plan(root, policy, example_inputs=example_inputs)
     if planned.unreachable:
         lines = "; ".join(f"{row.name} ({row.why})" for row in planned.unreachable)
@@ -147,6 +146,7 @@ def unwrap(model: M) -> M:
             "To leave a part of a model alone, wrap it with sites.exclude."
         )
     rewriting.undo(root)
+    gate.released = True
     _forget_compiled(model)
     return model
 
@@ -191,17 +191,6 @@ def _warn_if_causal(model: nn.Module, policy: RegimePolicy) -> None:
             'tokens, frames or time steps decide what earlier ones keep. Use GatePolicy(scope="position").',
             stacklevel=3,
         )
-
-
-def _policy(policy: RegimePolicy | Mapping[str, Any] | None) -> RegimePolicy:
-    if policy is None:
-        return RegimePolicy()
-    if not isinstance(policy, RegimePolicy):
-        raise WrapError(
-            f"policy must be a regimewrap.RegimePolicy; got {type(policy).__name__}. "
-            "RegimePolicy.preset(name) and RegimePolicy.from_file(path) make one."
-        )
-    return policy
 
 
 def _root(model: nn.Module) -> nn.Module:

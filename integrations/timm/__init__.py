@@ -1,8 +1,7 @@
-"""regimewrap in timm: models for its registry, its task and scheduler seams, and a training command.
+"""regimewrap in timm: models for its registry, its task and scheduler seams. ``regimewrap train`` is a room of its own.
 
 Importing this registers ``regimewrap_wrn28_4``, ``regimewrap_wrn28_10`` and ``regimewrap_auto`` with timm, so that
 timm's own ``train.py`` can name them: ``--device-modules regimewrap.integrations.timm``. It touches nothing else.
-``python -m regimewrap.integrations.timm.train`` is in ``train``, which is not imported from here.
 """
 
 from ..requires import require

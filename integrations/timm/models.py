@@ -6,9 +6,6 @@ training here.
 
 from __future__ import annotations
 
-import difflib
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -16,7 +13,7 @@ from timm.models import generate_default_cfgs, is_model, list_models, register_m
 
 from regimewrap import RegimePolicy, wrap
 from regimewrap.errors import WrapError
-from regimewrap.policy.policy import PRESETS
+from regimewrap.files import nearest
 from regimewrap.recipes.wide_resnet import WideResNet
 
 from .open_loop import drive_from_optimizer
@@ -25,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
+
+    from regimewrap.policy import PolicyLike
 
 _CIFAR: dict[str, Any] = {
     "url": "",
@@ -68,21 +67,21 @@ def regimewrap_auto(
     pretrained: bool = False,
     *,
     base: str | None = None,
-    policy: str | os.PathLike[str] | RegimePolicy = "sawtooth",
+    policy: PolicyLike = "mixed",
     total_steps: int | None = None,
     drive: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
-    """Return any model of timm, wrapped: ``--model regimewrap_auto --model-kwargs base=resnet18 policy=sawtooth``.
+    """Return any model of timm, wrapped: ``--model regimewrap_auto --model-kwargs base=resnet18 policy=mixed``.
 
     Args:
         pretrained: as for the base model.
         base: name of a model of timm, with or without a tag.
-        policy: a preset, a policy file, or a policy.
-        total_steps: optimizer updates of the whole run, to which a preset is rescaled.
-        drive: move the keep ratio from the steps of whatever optimizer owns the parameters. For loops that nobody can
-            change, such as timm's ``train.py``: they hand the loss to nobody, so only a policy that needs no signal
-            works there, and the first update says so. ``RegimeTask`` takes over by itself; for a ``RegimeCycler`` of
+        policy: a policy, a preset's name, or the path of a policy file.
+        total_steps: optimizer updates of the whole run, to which a preset is scaled; ``mixed`` needs none.
+        drive: move the keep ratio at each step of the optimizer over the parameters. For loops that cannot be changed,
+            such as timm's ``train.py``: the loss is not to be had there, so only a policy that needs no signal works,
+            and the first update says so. ``RegimeTask`` takes over by itself; for a ``RegimeCycler`` of
             your own, pass false.
         **kwargs: for the base model.
 
@@ -97,24 +96,13 @@ def regimewrap_auto(
         raise WrapError("regimewrap_auto wraps another model of timm: pass base, as in --model-kwargs base=resnet18.")
     name = base.partition(".")[0]
     if ":" not in base and (not is_model(name) or name == "regimewrap_auto"):  # a colon names a hub or a folder
-        close = difflib.get_close_matches(name, list_models(), n=1)
-        raise WrapError(f"timm has no model {base!r} to wrap.{f' Did you mean {close[0]!r}?' if close else ''}")
-    chosen = policy if isinstance(policy, RegimePolicy) else policy_named(policy, total_steps)
+        raise WrapError(f"timm has no model {base!r} to wrap.{nearest(name, list_models())}")
+    chosen = RegimePolicy.of(policy, total_steps)
     model: nn.Module = timm.create_model(base, pretrained=pretrained, **kwargs)
     wrap(model, chosen)
     if drive:
-        drive_from_optimizer(model)
+        drive_from_optimizer(model, total_steps)
     return model
-
-
-def policy_named(name: str | os.PathLike[str], total_steps: int | None = None) -> RegimePolicy:
-    """Return a preset, rescaled to a run of so many updates, or the policy in a file as it is.
-
-    Raises:
-        PolicyError: it is neither.
-    """
-    looks_like_file = name not in PRESETS and (Path(name).suffix or os.sep in str(name) or Path(name).exists())
-    return RegimePolicy.from_file(name) if looks_like_file else RegimePolicy.preset(str(name), total_steps)
 
 
 def _wide_resnet(

@@ -1,23 +1,19 @@
 """Keep ratios that follow from the number of updates alone, for loops that hand over a count, or nothing at all.
 
-``RegimeScheduler`` has the shape of timm's schedulers. ``drive_from_optimizer`` is for a loop that nobody can change:
-it waits for the optimizer that owns the model's parameters and follows its steps. Policies that watch a signal are
-refused.
+``RegimeScheduler`` has the shape of timm's schedulers. ``drive_from_optimizer`` is for a loop that cannot be changed:
+it counts the steps of the optimizer over the model's parameters. Policies that watch a signal are refused.
 """
 
 from __future__ import annotations
 
-import gc
 import weakref
 from typing import Any, final
 
-import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from regimewrap import RegimeCycler, gate_of
 from regimewrap.errors import PolicyError, StateError
-
-from ..states import resume, saved
 
 #: The key, in the first of an optimizer's parameter groups, under which the count travels through its checkpoints.
 GROUP_KEY = "regimewrap"
@@ -33,28 +29,26 @@ class RegimeScheduler:
     updates made so far. The ratio is a function of this number, so a run resumes by its count alone.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, total_steps: int | None = None) -> None:
         """Take over a wrapped model's keep ratio.
 
         Args:
-            model: wrapped with a policy whose strategy needs no signal, such as ``sawtooth``.
+            model: wrapped with a policy whose strategy needs no signal, such as ``mixed`` or ``sawtooth``.
+            total_steps: optimizer updates of the whole run, epochs × updates an epoch; see ``RegimeCycler``.
 
         Raises:
             NotWrappedError: the model is not wrapped.
-            PolicyError: the policy watches a signal, which a scheduler never sees.
+            PolicyError: the policy watches a signal, which a scheduler never sees, or needs ``total_steps``.
         """
         cycle = gate_of(model).policy.cycle
         if cycle.strategy.needs_signal:
             raise PolicyError(
                 f"the strategy {cycle.strategy.kind!r} watches {cycle.monitor!r}, which a scheduler never sees. "
-                "Take one that needs no signal, such as the preset sawtooth, or give it the loss: with RegimeTask, "
-                "or with python -m regimewrap.integrations.timm.train."
+                "Take one that needs no signal, such as the preset mixed, or give it the loss, with RegimeTask."
             )
-        self._model = model
-        self._cycler = RegimeCycler(model)
+        self._cycler = RegimeCycler(model, total_steps=total_steps)
         self._start = self._cycler.state_dict()
-        state = saved(self._cycler, model)
-        self._belongs_to = {name: state[name] for name in _BELONGING}
+        self._belongs_to = {name: self._start[name] for name in _BELONGING}
 
     @property
     def keep_ratio(self) -> float:
@@ -78,8 +72,10 @@ class RegimeScheduler:
         """
         if num_updates < self._cycler.updates:
             self._cycler.load_state_dict(self._start)
-        while self._cycler.updates < num_updates:
+        if num_updates == self._cycler.updates + 1:
             self._cycler.step()
+        else:
+            self._cycler.fast_forward(num_updates)
 
     def bind(self, model: nn.Module) -> None:
         """Drive one more wrapped model, such as the ``module`` of timm's ``ModelEmaV3``, from now on.
@@ -103,105 +99,73 @@ class RegimeScheduler:
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise StateError(f"expected a state from RegimeScheduler.state_dict; its num_updates is {count!r}.")
         # What it belongs to is compared as for every adapter; the cycle itself follows from the count.
-        here = saved(self._cycler, self._model)
-        resume(self._cycler, self._model, {**here, **{name: state.get(name) for name in _BELONGING}})
+        self._cycler.load_state_dict({**self._start, **{name: state.get(name) for name in _BELONGING}})
         self.step_update(count)
 
 
-def drive_from_optimizer(model: nn.Module) -> None:
-    """Move a wrapped model's keep ratio from the steps of whatever optimizer turns out to own its parameters.
+def drive_from_optimizer(model: nn.Module, total_steps: int | None = None) -> None:
+    """Move a wrapped model's keep ratio at each step of the optimizer over its parameters.
 
-    The optimizer is looked for in the first forward pass in train mode. The count of steps is kept in its parameter
-    groups, as timm's Lookahead keeps its own, so it goes through ``optimizer.state_dict`` and a resumed run goes on
-    exactly. Copies of the model, such as averaged ones, follow. A step that a gradient scaler skips does not count.
+    The first optimizer that steps with one of them is followed, through torch's hook on all optimizers' steps; nothing
+    is searched for. The count of steps is kept in its parameter groups, as timm's Lookahead keeps its own, so it goes
+    through ``optimizer.state_dict``. A resumed run takes it from there after its first step: that one update still runs
+    at the ratio of a run's begin. A step that a gradient scaler skips does not count.
 
     Args:
         model: wrapped. Whether its policy needs a signal, which is then refused, is asked only when training begins, so
             that something else can take over before: see ``release``.
+        total_steps: optimizer updates of the whole run; see ``RegimeCycler``.
     """
-    _DRIVERS[model] = _Driver(model)
+    global _HOOKED
+    _DRIVERS[model] = _Driver(model, total_steps)
+    if not _HOOKED:
+        register_optimizer_step_post_hook(_after_step)
+        _HOOKED = True
 
 
 def release(model: nn.Module) -> None:
-    """Undo ``drive_from_optimizer``, because somebody else drives from now on; without it, do nothing."""
-    driver = _DRIVERS.pop(model, None)
-    if driver is not None:
-        driver.stop()
+    """Undo ``drive_from_optimizer``, because something else drives from now on; without it, do nothing."""
+    _DRIVERS.pop(model, None)
 
 
 class _Driver:
-    """The forward hook that waits for an optimizer, and the step hook on it."""
+    """Follows the first optimizer that steps with the model's parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, total_steps: int | None) -> None:
         self._model = weakref.ref(model)
-        self._copies: list[weakref.ref[nn.Module]] = []
-        self._waiting = model.register_forward_pre_hook(self)
-        self._following: torch.utils.hooks.RemovableHandle | None = None
+        self._total_steps = total_steps
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._scheduler: RegimeScheduler | None = None
 
-    def stop(self) -> None:
-        self._waiting.remove()
-        if self._following is not None:
-            self._following.remove()
+    def after(self, optimizer: Optimizer) -> None:
+        model = self._model()
+        if model is None or (self._optimizer is not None and self._optimizer() not in (None, optimizer)):
+            return
+        group = optimizer.param_groups[0]
+        if self._optimizer is None or self._optimizer() is None:
+            own = {id(parameter) for parameter in model.parameters()}
+            if not any(id(parameter) in own for each in optimizer.param_groups for parameter in each["params"]):
+                return
+            self._optimizer, self._scheduler = weakref.ref(optimizer), self._begun(model)
+            if GROUP_KEY in group:
+                self._scheduler.load_state_dict(group[GROUP_KEY])
+        assert self._scheduler is not None  # noqa: S101 - it comes with the optimizer
+        self._scheduler.step_update(self._scheduler.num_updates + 1)
+        group[GROUP_KEY] = self._scheduler.state_dict()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        """Begin, at the first forward pass of training: the optimizer exists by then and has loaded its checkpoint."""
-        if self._following is not None or not (model.training and torch.is_grad_enabled() and model is self._model()):
-            return
-        optimizer = _owner_of(model)
-        if optimizer is None:
-            return
+    def _begun(self, model: nn.Module) -> RegimeScheduler:
         try:
-            scheduler = RegimeScheduler(model)
+            return RegimeScheduler(model, self._total_steps)
         except PolicyError as error:
             raise PolicyError(
-                f"nobody drives the keep ratio: {error} For a RegimeCycler of your own, pass drive=False."
+                f"nothing drives the keep ratio: {error} For a RegimeCycler of your own, pass drive=False."
             ) from None
-        group = optimizer.param_groups[0]
-        if GROUP_KEY in group:
-            scheduler.load_state_dict(group[GROUP_KEY])
-
-        def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            while self._copies:
-                copied = self._copies.pop()()
-                if copied is not None:
-                    scheduler.bind(copied)
-            scheduler.step_update(scheduler.num_updates + 1)
-            optimizer.param_groups[0][GROUP_KEY] = scheduler.state_dict()
-
-        self._following = optimizer.register_step_post_hook(follow)
-        self._waiting.remove()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Driver:
-        original = self._model()
-        copied = memo.get(id(original))
-        if copied is not None:
-            self._copies.append(weakref.ref(copied))
-        return self  # on a copy, the forward hook does nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing_to_drive, ()  # in a file there is no optimizer to follow
 
 
 _DRIVERS: weakref.WeakKeyDictionary[nn.Module, _Driver] = weakref.WeakKeyDictionary()
+_HOOKED = False
 
 
-def _nothing_to_drive() -> Any:
-    return _do_nothing
-
-
-def _do_nothing(_: nn.Module, __: Any) -> None: ...
-
-
-def _owner_of(model: nn.Module) -> torch.optim.Optimizer | None:
-    """Return the optimizer over the model's parameters. Nothing leads from a model to it, so all objects are asked."""
-    parameters = {id(parameter) for parameter in model.parameters()}
-    owners = [
-        each
-        for each in gc.get_objects()
-        if issubclass(type(each), torch.optim.Optimizer)
-        and any(id(parameter) in parameters for group in each.param_groups for parameter in group["params"])
-    ]
-    # timm's Lookahead owns what its base owns; it is the base that makes the checkpoints.
-    inner = {id(each._base_optimizer) for each in owners if hasattr(each, "_base_optimizer")}
-    return next((each for each in owners if id(each) in inner), next(iter(owners), None))
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for driver in list(_DRIVERS.values()):
+        driver.after(optimizer)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.task import ClassificationTask
 
-from regimewrap import RegimeCycler, RegimePolicy, gate_of, wrap
+from regimewrap import RegimeCycler, gate_of, wrap
 from regimewrap.errors import NotWrappedError, PolicyError
 
-from ..states import resume, saved
 from .open_loop import release
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regimewrap import Regime
+    from regimewrap.policy import PolicyLike
 
 #: The key of the task state under which the cycler is saved.
 STATE_KEY = "regimewrap"
@@ -37,25 +37,34 @@ class RegimeTask(ClassificationTask):
         regime: what the last ``update_ema`` returned from ``cycler.step``; ``None`` before the first.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, policy: RegimePolicy | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        policy: PolicyLike | None = None,
+        total_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Wrap the model, unless it is wrapped, and take over its keep ratio.
 
         Args:
             model: bare, or wrapped already.
             *args: for ``ClassificationTask``: criterion, device, dtype, ...
-            policy: for ``wrap``; the default policy if ``None``. Only for a bare model.
+            policy: for ``wrap``: a policy, a preset's name, or the path of a policy file; the default policy if
+                ``None``. Only for a bare model.
+            total_steps: optimizer updates of the whole run, epochs × updates an epoch; see ``RegimeCycler``.
             **kwargs: for ``ClassificationTask``.
 
         Raises:
             AlreadyWrappedError: ``policy`` is given and the model is wrapped.
-            PolicyError: the policy watches something other than the loss and the accuracy.
+            PolicyError: the policy watches something other than the loss and the accuracy, or needs ``total_steps``.
             WrapError: the model cannot be wrapped.
         """
         super().__init__(model, *args, **kwargs)
         if policy is not None or not is_wrapped(model):
             wrap(model, policy)
         release(model)
-        self.cycler = RegimeCycler(model)
+        self.cycler = RegimeCycler(model, total_steps=total_steps)
         self.regime: Regime | None = None
         self._values: list[Tensor] = []
         cycle = self.cycler.policy
@@ -92,7 +101,7 @@ class RegimeTask(ClassificationTask):
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return timm's task state, with the cycler's; the averaged model has none of its own."""
         state: dict[str, Any] = super().get_task_state(module=module, ema=ema)
-        return state if ema else {**state, STATE_KEY: saved(self.cycler, self.trainable_module)}
+        return state if ema else {**state, STATE_KEY: self.cycler.state_dict()}
 
     def load_checkpoint_state(
         self,
@@ -108,7 +117,7 @@ class RegimeTask(ClassificationTask):
         """
         before = self.cycler.state_dict()
         if not ema and task_state and STATE_KEY in task_state:
-            resume(self.cycler, self.trainable_module, task_state[STATE_KEY])
+            self.cycler.load_state_dict(task_state[STATE_KEY])
         try:
             super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
         except BaseException:

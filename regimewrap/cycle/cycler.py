@@ -1,34 +1,39 @@
 """Moves the keep ratio: smooths the signal, asks the strategy, sets the gates, remembers.
 
 All running state of a cycle is here, and in one small dict when it is saved. The rules themselves are in
-``strategies``; which units a ratio keeps is in ``topk``. Nothing here touches a model beyond its gate's ratio.
+``strategies``; which units a ratio keeps is in ``topk``. Nothing here touches a model beyond its gate's budget.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections import defaultdict
+import weakref
+from collections import deque
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from regimewrap.cycle import ranks
-from regimewrap.cycle.state import LARGEST, Decision, Histogram, Regime, Saved, Share, State, plain, restored
+from regimewrap.cycle import ranks, signal
+from regimewrap.cycle.alarms import Alarms, other_driver, still_driven
+from regimewrap.cycle.decide import RefusedError, decided, next_move
+from regimewrap.cycle.state import Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.cycle.threshold import end_step
-from regimewrap.errors import PolicyError, SignalError
-from regimewrap.files import shown
+from regimewrap.errors import PolicyError, StateError
 from regimewrap.gate.gate import TopKGate, gate_of
 from regimewrap.gate.network import NetworkThreshold
-from regimewrap.policy.policy import CyclePolicy, RegimePolicy
-from regimewrap.policy.settings import percent_hint
-from regimewrap.policy.strategies import EVENTS, Move, Situation
+from regimewrap.policy.migrate import HISTORY
+from regimewrap.policy.policy import CyclePolicy, PolicyLike, RegimePolicy
+from regimewrap.policy.presets import for_run
+from regimewrap.policy.settings import whole_number
+from regimewrap.policy.strategies import Move
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_log = logging.getLogger("regimewrap")
 
 
 class RegimeCycler:
@@ -40,33 +45,53 @@ class RegimeCycler:
     do none of this. The best value, from which a fall is measured, is the best of all decisions: in between, no rank
     knows the mean.
 
+    A cycler drives one model, with averaged copies of it that were bound. A newer cycler takes over; the older one then
+    refuses to step. Each reset is logged, on one line, to the logger ``regimewrap``.
+
     ``copy.deepcopy((model, cycler))``, in this order, gives a copied model with a cycler of its own; the same goes for
-    pickle. A cycler copied by itself goes on driving whatever its gates belong to; for another model use
-    ``state_dict``.
+    pickle. For another model use ``state_dict``.
+
+    >>> import torch
+    >>> from regimewrap import RegimeCycler, wrap
+    >>> model = wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
+    >>> cycler = RegimeCycler(model)
+    >>> round(cycler.step().keep_ratio, 3)
+    0.157
     """
 
-    def __init__(self, model_or_gate: nn.Module | TopKGate, policy: RegimePolicy | CyclePolicy | None = None) -> None:
+    def __init__(
+        self,
+        model_or_gate: nn.Module | TopKGate,
+        policy: CyclePolicy | PolicyLike | None = None,
+        total_steps: int | None = None,
+    ) -> None:
         """Take over a wrapped model's keep ratio and set it to where the strategy starts.
 
         Args:
             model_or_gate: a wrapped model, anything around one, or its gate.
-            policy: how to cycle; by default the policy that the model was wrapped with.
+            policy: how to cycle: a policy, a preset's name, or the path of a policy file; by default the policy that
+                the model was wrapped with.
+            total_steps: optimizer updates of the whole run. Policies with ``scaled_to="run"`` are scaled to it, as
+                ``RegimePolicy.preset`` says; the preset ``mixed`` needs none.
 
         Raises:
             NotWrappedError: there is no wrapped model.
-            PolicyError: ``policy`` is not a policy.
+            PolicyError: ``policy`` is not a policy, it needs ``total_steps`` and there is none, it is scaled to another
+                length, or ``total_steps`` is not a whole number of at least 1.
         """
         gate = _gate(model_or_gate)
         policy = gate.policy if policy is None else policy
-        if not isinstance(policy, RegimePolicy | CyclePolicy):
-            raise PolicyError(
-                f"policy must be a RegimePolicy or a CyclePolicy; got {shown(policy)}. "
-                "For a preset or a file, pass RegimePolicy.preset(name) or RegimePolicy.from_file(path)."
-            )
-        self.policy: CyclePolicy = policy.cycle if isinstance(policy, RegimePolicy) else policy
+        cycle = policy if isinstance(policy, CyclePolicy) else RegimePolicy.of(policy).cycle
+        self.policy: CyclePolicy = for_run(cycle, total_steps)
+        length = self.policy.scaled_to if total_steps is None else whole_number("total_steps", total_steps)
+        self.total_steps = length if isinstance(length, int) else None
         self._gates = [gate]
         self._met = False  # whether the ranks have come together at the end of a step
-        self._take(State.at_start(self.policy), updates=0, pending=[], history=[])
+        self._alarms = Alarms()
+        self._notices: list[str] = []  # said at the end of a step: where warnings are errors, nothing is left undone
+        self._history: deque[Decision] = deque(maxlen=HISTORY)
+        self._take(State.at_start(self.policy), updates=0, pending=[])
+        gate.driver = weakref.ref(self)
 
     @property
     def keep_ratio(self) -> float:
@@ -74,8 +99,13 @@ class RegimeCycler:
         return self._state.keep_ratio
 
     @property
+    def regime(self) -> Regime:
+        """What is in force for the next forward pass; its ``event`` is ``None``."""
+        return self._between
+
+    @property
     def history(self) -> list[Decision]:
-        """Every decision so far, oldest first, in a new list."""
+        """The last 256 decisions, oldest first, in a new list; a strategy that moves at each update makes none."""
         return list(self._history)
 
     @property
@@ -88,6 +118,18 @@ class RegimeCycler:
         """Values of this rank left out because they were not finite (or beyond ±1e300), as of the last decision."""
         return self._state.skipped
 
+    def __repr__(self) -> str:
+        state, name = self._state, self.policy.strategy.kind
+        if self.policy.strategy.each_update:
+            ahead = "moves at each update"
+        else:
+            ahead = f"next decision at update {self._updates + self.policy.every - self._updates % self.policy.every}"
+        of = "" if self.total_steps is None else f" of {self.total_steps}"
+        return (
+            f"RegimeCycler({name!r}, keep_ratio={state.keep_ratio:.4g}, cycle={state.cycle}, phase={state.phase!r}, "
+            f"updates={self._updates}{of}, {ahead})"
+        )
+
     def bind(self, model: nn.Module | TopKGate) -> None:
         """Drive one more wrapped model, such as an averaged copy for evaluation, from now on.
 
@@ -95,11 +137,12 @@ class RegimeCycler:
             NotWrappedError: the model is not wrapped.
         """
         gate = _gate(model)
-        gate.set_keep_ratio(self.keep_ratio)
         if all(gate is not known for known in self._gates):
             if gate.network is not None and self._networks:
                 gate.network.take(self._networks[0].histogram)
             self._gates.append(gate)
+        gate.driver = weakref.ref(self)
+        self._put_into_force(self.keep_ratio)
 
     def step(self, loss: Tensor | float | None = None, **metrics: Tensor | float) -> Regime:
         """Count one optimizer update and, when a decision is due, decide.
@@ -115,22 +158,61 @@ class RegimeCycler:
         Raises:
             SignalError: the monitored value is missing, or is not one real number; or, found when a decision is due,
                 an accuracy is above 1, or a value is not finite and the policy says ``on_nonfinite="raise"``. The
-                cycler is as it was.
+                update is not counted; values that were refused at a decision are forgotten.
             SyncError: found when a decision is due: the ranks differ in policy or in where they are, or one of them
                 does not come before the process group's timeout; the message names it.
+            WrapError: the cycler drives nothing: its model was unwrapped, trains without its gate, or has a newer
+                cycler.
         """
-        value = self._checked(loss, metrics) if self.policy.strategy.needs_signal else None
-        if (self._updates + 1) % self.policy.every == 0:
+        self._gates = still_driven(self, self._gates)
+        self._alarms.before(self._gates[0], self._updates)
+        strategy = self.policy.strategy
+        value = signal.checked(self.policy.monitor, loss, metrics) if strategy.needs_signal else None
+        if strategy.each_update:
+            regime = self._move_on(self._updates + 1)
+        elif (self._updates + 1) % self.policy.every == 0:
             regime = self._decide(value)
         else:
             if value is not None:
                 self._pending.append(value)
             self._updates += 1
+            self._put_into_force(self.keep_ratio)
             regime = self._between
         if self._networks:
             end_step(self._networks, self._updates, meet=not self._met)
             self._met = True
+        self._alarms.after(self._gates[0], self._updates, regime.keep_ratio)
+        self._notice(self._alarms.too_long(self._updates, self.policy.scaled_to))
+        self._notice(self._alarms.never_bound(self._gates[0], self._updates, self.policy, self.total_steps))
+        if self._notices:
+            notices, self._notices = self._notices, []
+            for notice in notices:
+                warnings.warn(notice, RuntimeWarning, stacklevel=2)
         return regime
+
+    def fast_forward(self, updates: int) -> Regime:
+        """Count the updates up to a number at once, without forward passes: for a run that goes on by its count alone.
+
+        Args:
+            updates: optimizer updates made so far in all.
+
+        Raises:
+            PolicyError: the strategy watches a signal, which only the saved state has; or fewer than have been counted.
+        """
+        if self.policy.strategy.needs_signal:
+            kind = self.policy.strategy.kind
+            raise PolicyError(f"the strategy {kind!r} watches a signal: go on from state_dict(), not from a count.")
+        if updates < self._updates:
+            raise PolicyError(f"updates must be at least the {self._updates} that have been counted; got {updates}.")
+        if self.policy.strategy.each_update and updates > self._updates:
+            return self._move_on(updates)
+        while self._updates < updates:
+            if (self._updates + 1) % self.policy.every == 0:
+                self._decide(None)
+            else:
+                self._updates += 1
+        self._put_into_force(self.keep_ratio)
+        return self._between
 
     def check_sync(self) -> None:
         """Check that all ranks have the same policy, the same sites, and are at the same point of the cycle.
@@ -141,16 +223,9 @@ class RegimeCycler:
         Raises:
             SyncError: the message says which ranks have what, or which one does not answer.
         """
-        ranks.require_same(
-            {
-                **self._place(),
-                **_flat("cycle", self.policy.model_dump(mode="json")),
-                **_flat("gate", self._gates[0].policy.gate.model_dump(mode="json")),
-                "sites": [site.name for site in self._gates[0].sites],
-            },
-            "check_sync",
-            self._updates,
-        )
+        here = self._whole_policy.model_dump(mode="json")
+        mine = {**self._place(), "cycle": here["cycle"], "gate": here["gate"], "sites": self._sites}
+        ranks.require_same(mine, "check_sync", self._updates)
 
     def state_dict(self, *, all_ranks: bool = False) -> dict[str, Any]:
         """Return all running state as plain JSON types, also between two decisions.
@@ -163,13 +238,14 @@ class RegimeCycler:
         Raises:
             SyncError: ``all_ranks``, and one of them does not answer.
         """
-        pending = [value if math.isfinite(value) else None for value in _fetched(self._pending)]
+        pending = [value if math.isfinite(value) else None for value in signal.fetched(self._pending)]
         shares = None
         if all_ranks and ranks.world_size() > 1:
             shares = ranks.gathered(Share(pending, self.skipped), "state_dict", self._updates)
-        policy = self.policy.model_dump(mode="json")
+        policy = self._whole_policy.model_dump(mode="json")
         histogram = Histogram.of(self._networks[0].histogram) if self._networks else None
-        return plain(Saved(1, policy, self._updates, pending, self._state, self._history, shares, histogram))
+        history = list(self._history)
+        return plain(Saved(2, policy, self._sites, self._updates, pending, self._state, history, shares, histogram))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, exactly as if the run had never stopped, and set the gates.
@@ -179,13 +255,20 @@ class RegimeCycler:
                 takes its own part; if they were more or fewer then, each takes the mean.
 
         Raises:
-            StateError: it belongs to another policy or version, or is damaged. The cycler is as it was.
+            StateError: it belongs to another policy, model, version or length of the run, or is damaged; the message
+                shows both sides. The cycler is as it was.
         """
-        saved = restored(state, self.policy, network=bool(self._networks))
+        saved = restored(state, self._whole_policy, self._sites, network=bool(self._networks))
+        if self.total_steps is not None and saved.updates > self.total_steps:
+            raise StateError(
+                f"the state has made {saved.updates} updates, more than total_steps={self.total_steps}; total_steps "
+                "counts those of the whole run, the ones before the resume included."
+            )
         share = saved.share(ranks.rank(), ranks.world_size())
         pending = [math.nan if value is None else value for value in share.pending]
         state_here = replace(saved.state, skipped=share.skipped)
-        self._take(state_here, updates=saved.updates, pending=pending, history=saved.history)
+        self._history = deque(saved.history, maxlen=HISTORY)
+        self._take(state_here, updates=saved.updates, pending=pending)
         if saved.network is not None:
             for each in self._networks:
                 each.take(saved.network.tensor())
@@ -194,110 +277,71 @@ class RegimeCycler:
     def _networks(self) -> list[NetworkThreshold]:
         return [gate.network for gate in self._gates if gate.network is not None]
 
-    def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float], history: list[Decision]) -> None:
-        for gate in self._gates:
-            gate.set_keep_ratio(state.keep_ratio)
-        self._state, self._updates, self._pending, self._history = state, updates, list(pending), history
-        self._between = Regime(state.keep_ratio, state.phase, state.cycle, None)
+    @property
+    def _whole_policy(self) -> RegimePolicy:
+        return self._gates[0].policy.replace(cycle=self.policy)
 
-    def _checked(self, loss: object, metrics: dict[str, Any]) -> Tensor | float:
-        name = self.policy.monitor
-        value = loss if name == "loss" else metrics.get(name)
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                shape = tuple(value.shape)
-                raise SignalError(f"{name} must be one number; got a tensor of shape {shape}: call .mean() on it.")
-            if value.is_complex() or value.is_meta or value.dtype == torch.bool:
-                raise SignalError(f"{name} must be a real number; got a {value.dtype} tensor on {value.device}.")
-            # A copy, because loops may change the loss in place; and 0-d, because values are stacked.
-            return value.detach().clone().reshape(())
-        if isinstance(value, Real) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except OverflowError:
-                return math.inf
-        if value is None:
-            call = "step(loss)" if name == "loss" else f"step(loss, {name}=...)"
-            raise SignalError(f"the policy monitors {name!r}, which is missing: call {call}.")
-        raise SignalError(f"{name} must be a number or a tensor of one element; got {shown(value)}.")
+    @property
+    def _sites(self) -> list[str]:
+        return [site.name for site in self._gates[0].sites]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for gate in self._gates:
+            if other_driver(self, gate) is None:  # a gate of the copy's own
+                gate.driver = weakref.ref(self)
+
+    def _notice(self, text: str | None) -> None:
+        if text is not None:
+            self._notices.append(text)
+
+    def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float]) -> None:
+        self._state, self._updates, self._pending = state, updates, list(pending)
+        self._between = Regime(state.keep_ratio, state.phase, state.cycle, None)
+        self._put_into_force(state.keep_ratio)
+
+    def _put_into_force(self, keep_ratio: float) -> None:
+        for gate in self._gates:
+            gate.set_budget(keep_ratio, full_share=self.policy.full_share, update=self._updates)
+
+    def _move_on(self, updates: int) -> Regime:
+        """Move to the ratio that a strategy which moves at each update has after so many."""
+        move = Move(1.0, None)
+        if updates >= self.policy.warmup:
+            move = next_move(self.policy, self._state, None, updates - self.policy.warmup, updates)
+        self._updates, self._state = updates, replace(self._state, keep_ratio=move.keep_ratio)
+        self._between = Regime(move.keep_ratio, "spread", 0, None)
+        self._put_into_force(move.keep_ratio)
+        return self._between
 
     def _decide(self, value: Tensor | float | None) -> Regime:
-        number, updates = len(self._history), self._updates + 1
-        state, signal = (self._state, None) if value is None else self._observe(value)
-        move = self._move(state, signal, number)
-        rose = move.event in ("relax", "reset")
-        state = replace(
-            state,
-            keep_ratio=move.keep_ratio,
-            phase="recover" if rose else "compress" if move.event == "compress" else state.phase,
-            cycle=state.cycle + (move.keep_ratio > state.keep_ratio),
-            last_raise=number if rose else state.last_raise,
-            held=state.held + 1 if move.event == "hold" else 0,
-        )
-        record = Decision(updates, state.keep_ratio, signal, state.best, state.phase, move.event, state.cycle)
-        first_skips = state.skipped if self._state.skipped == 0 else 0
-        self._take(state, updates=updates, pending=[], history=self._history)
+        before, values = self._state, None
+        if value is not None:
+            values = signal.fetched([*self._pending, value])
+        try:
+            state, record = decided(self.policy, before, values, self._updates, self._place(), self.check_sync)
+        except RefusedError as error:
+            # Else they would be refused again at each further step.
+            self._pending = [each for place, each in enumerate(self._pending) if place not in error.places]
+            raise
         self._history.append(record)
-        if first_skips:
-            warnings.warn(
-                f"{first_skips} of the last {self.policy.every} values of {self.policy.monitor} were not finite and "
-                "are left out; RegimeCycler.skipped goes on counting, this warning is not repeated.",
-                RuntimeWarning,
-                stacklevel=3,
+        self._take(state, updates=self._updates + 1, pending=[])
+        if state.skipped and before.skipped == 0:
+            self._notice(
+                f"{state.skipped} of the last {self.policy.every} values of {self.policy.monitor} were not finite and "
+                "are left out; RegimeCycler.skipped goes on counting, this warning is not repeated."
             )
-        return self._between._replace(event=move.event)
-
-    def _observe(self, value: Tensor | float) -> tuple[State, float | None]:
-        """Return the state with the pending values and the last one smoothed in, and the signal over all ranks."""
-        name, smoothing = self.policy.monitor, self.policy.smoothing
-        smoothed, skipped, seen, problem = self._state.smoothed, self._state.skipped, False, None
-        for number, new in enumerate(_fetched([*self._pending, value]), self._updates + 1 - len(self._pending)):
-            if not abs(new) <= LARGEST:  # NaN compares false
-                skipped += 1
-                if self.policy.on_nonfinite == "raise":
-                    problem = problem or f"{name} was {new} at update {number}; expected a finite number."
-                continue
-            if new > 1.001 and name in ("accuracy", "acc"):  # the rest is rounding in a weighted mean
-                hint = percent_hint(name, new)
-                problem = problem or f"{name} must be a fraction in [0, 1]; got {new:g} at update {number}.{hint}"
-            smoothed = new if smoothed is None else smoothing * smoothed + (1 - smoothing) * new
-            seen = True
-        mine, update = (smoothed if seen else None), self._updates + 1
-        signal, refused, alike = ranks.mean(mine, problem is not None, repr((self._place(), self.policy)), update)
-        if not alike:
-            self.check_sync()
-        if refused:
-            raise SignalError(problem or f"another rank refused its {name} at update {update} or before.")
-        if signal is None:
-            return replace(self._state, skipped=skipped), None
-        better = max if self.policy.mode == "max" else min
-        best = signal if self._state.best is None else better(self._state.best, signal)
-        first = signal if self._state.first is None else self._state.first
-        return replace(self._state, smoothed=signal, skipped=skipped, first=first, best=best), signal
-
-    def _move(self, state: State, signal: float | None, number: int) -> Move:
-        strategy = self.policy.strategy
-        if signal is None and strategy.needs_signal:  # nothing to go by
-            return Move(state.keep_ratio, "hold")
-        move = strategy.next_move(
-            Situation(
-                keep_ratio=state.keep_ratio,
-                signal=signal,
-                best=state.best,
-                fall=0.0 if signal is None else self._fall(state, signal),
-                decision=number,
-                since_raise=None if state.last_raise is None else number - state.last_raise,
-                held=state.held,
+        if self.policy.strategy.needs_signal:
+            held = state.held * self.policy.every
+            floor = getattr(self.policy.strategy, "floor", None)
+            self._notice(self._alarms.stuck(floor, state.keep_ratio, held, self._updates - held - state.began))
+        if state.cycle > before.cycle:
+            bound = "" if self._alarms.bound is None else f"; {self._alarms.bound:.0%} of the gates were bound"
+            _log.info(
+                "cycle %d: %s at update %d, keep ratio %.4g to %.4g%s",
+                *(state.cycle, record.event, self._updates, before.keep_ratio, state.keep_ratio, bound),
             )
-        )
-        if not (isinstance(move, Move) and isinstance(move.keep_ratio, Real) and 0 < move.keep_ratio <= 1):
-            raise PolicyError(f"strategy {strategy.kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")
-        if move.event not in EVENTS:
-            raise PolicyError(f"strategy {strategy.kind!r} must name one of {EVENTS}; got {shown(move.event)}.")
-        if not strategy.needs_signal:
-            return Move(float(move.keep_ratio), move.event)
-        keep_ratio, event = ranks.from_rank_0((move.keep_ratio, EVENTS.index(move.event)), self._updates + 1)
-        return Move(keep_ratio, EVENTS[int(event)])
+        return self._between._replace(event=record.event)
 
     def _place(self) -> dict[str, object]:
         """Return where in the cycle we are, as far as it must be the same on all ranks."""
@@ -311,39 +355,6 @@ class RegimeCycler:
             "last raise": state.last_raise,
         }
 
-    def _fall(self, state: State, signal: float) -> float:
-        """Return how far the signal is behind its best, in the unit of the tolerance."""
-        assert state.best is not None  # noqa: S101 - it is set with the signal
-        assert state.first is not None  # noqa: S101
-        fall = abs(signal - state.best)
-        if self.policy.tolerance_kind == "absolute" or fall == 0:
-            return fall
-        unit = abs(state.best if self.policy.tolerance_kind == "relative" else state.first - state.best)
-        return fall / unit if unit > 0 else math.inf
-
 
 def _gate(model_or_gate: nn.Module | TopKGate) -> TopKGate:
     return model_or_gate if isinstance(model_or_gate, TopKGate) else gate_of(model_or_gate)
-
-
-def _fetched(values: Sequence[Tensor | float]) -> list[float]:
-    """Return the values as floats, with one transfer for each device and dtype among them."""
-    fetched = [0.0] * len(values)
-    tensors: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            tensors[value.device, value.dtype].append(place)
-        else:
-            fetched[place] = value
-    for places in tensors.values():
-        stacked = torch.stack([value for place in places if isinstance(value := values[place], Tensor)])
-        for place, number in zip(places, stacked.tolist(), strict=True):
-            fetched[place] = float(number)
-    return fetched
-
-
-def _flat(name: str, value: object) -> dict[str, object]:
-    """Return nested settings as one level, by dotted name."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {path: each for key, inner in value.items() for path, each in _flat(f"{name}.{key}", inner).items()}

@@ -123,14 +123,14 @@ def require_same(mine: Mapping[str, object], what: str, update: int) -> None:
     """Compare values with those of all other ranks.
 
     Args:
-        mine: anything that pickles and compares, by name.
+        mine: anything that pickles and compares, by name; nested mappings are compared name by name.
         what: what is being done, the same on all ranks.
         update: where we are, for messages.
 
     Raises:
         SyncError: they differ, and the message says who has what; or a rank does not come.
     """
-    everyone = gathered(dict(mine), what, update)
+    everyone = gathered(_flat(mine), what, update)
     names = dict.fromkeys(name for each in everyone for name in each)
     differing = [name for name in names if any(each.get(name) != everyone[0].get(name) for each in everyone)]
     if differing:
@@ -141,6 +141,14 @@ def require_same(mine: Mapping[str, object], what: str, update: int) -> None:
             f"the ranks differ: {'; '.join(f'{_named(ranks)}: {state}' for state, ranks in having.items())}. "
             "Build model and cycler alike on all ranks, and load the same checkpoint on all of them or on none."
         )
+
+
+def _flat(nested: Mapping[str, object], path: str = "") -> dict[str, object]:
+    """Return nested mappings as one level, by dotted name."""
+    flat: dict[str, object] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
 
 
 def _device() -> torch.device | None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -17,18 +19,21 @@ from torch import Tensor
 
 from regimewrap.errors import StateError
 from regimewrap.files import differences, shown
+from regimewrap.policy.migrate import HISTORY, migrated_state
 from regimewrap.policy.strategies import Event
 from regimewrap.topk.threshold import BINS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from regimewrap.policy.policy import CyclePolicy
+    from regimewrap.policy.policy import CyclePolicy, RegimePolicy
 
-Phase = Literal["dense", "compress", "recover"]
+Phase = Literal["dense", "compress", "recover", "spread"]
 
 # Larger signals count as not finite, so that no sum or difference of them overflows.
 LARGEST = 1e300
+#: Metrics of these names are fractions.
+ACCURACIES = ("accuracy", "acc")
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 _Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -42,9 +47,10 @@ class Regime(NamedTuple):
     Attributes:
         keep_ratio: for the next forward pass, in (0, 1].
         phase: ``dense`` at the start, ``compress`` once the ratio was lowered (or starts below 1), ``recover`` once
-            budget was given back; holding changes nothing.
+            budget was given back; holding changes nothing. ``spread`` throughout for a strategy that moves at each
+            update.
         cycle: how often the ratio really was raised.
-        event: what was decided in this step; ``None`` when no decision was due.
+        event: what was decided in this step; ``None`` when no decision was due, or the strategy makes none.
     """
 
     keep_ratio: float
@@ -92,12 +98,16 @@ class State:
     skipped: _Tally = 0
     smoothed: _Signal | None = None
     first: _Signal | None = None
-    best: _Signal | None = None
+    best: _Signal | None = None  # of all decisions
+    bests: list[_Signal | None] = field(default_factory=list)  # of those at each octave of the ratio, if guarded
+    began: _Tally = 0  # the update at which the cycle began
 
     @classmethod
     def at_start(cls, policy: CyclePolicy) -> Self:
         """Return the state before the first decision."""
-        keep_ratio = policy.strategy.initial_keep_ratio
+        keep_ratio = 1.0 if policy.warmup else policy.strategy.initial_keep_ratio
+        if policy.strategy.each_update:
+            return cls(keep_ratio, "spread")
         return cls(keep_ratio, "dense" if keep_ratio == 1 else "compress")
 
 
@@ -140,14 +150,18 @@ class Histogram:
 class Saved:
     """A saved cycler, as it is checked when it comes back.
 
+    ``policy`` is a whole ``RegimePolicy`` and ``sites`` are the names of what is gated, so that one comparison tells
+    whether it belongs here; ``policy["cycle"]["scaled_to"]`` is the length of the run. ``history`` has the last
+    decisions, beside the exact state: nothing follows from them.
     ``pending`` and ``state.skipped`` are those of the rank that saved; ``ranks`` has everyone's, if all saved together.
     ``network`` is there if the gates have scope "network".
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    version: Literal[1]
+    version: Literal[2]
     policy: dict[str, Any]
+    sites: list[str]
     updates: _Tally
     pending: list[float | None]
     state: State
@@ -165,7 +179,7 @@ class Saved:
             return Share(self.pending, self.state.skipped)
         if len(self.ranks) == ranks:
             return self.ranks[rank]
-        at_each_update = zip(*(share.pending for share in self.ranks), strict=True)
+        at_each_update = zip_longest(*(share.pending for share in self.ranks))
         pending = [_mean([value for value in values if value is not None]) for values in at_each_update]
         return Share(pending, self.state.skipped)
 
@@ -185,23 +199,39 @@ def plain(saved: Saved) -> dict[str, Any]:
     return _adapter().dump_python(saved, mode="json")  # type: ignore[no-any-return]
 
 
-def restored(state: object, policy: CyclePolicy, *, network: bool) -> Saved:
-    """Return a saved state that is whole and belongs to ``policy``, or raise a ``StateError``.
+def restored(state: object, policy: RegimePolicy, sites: list[str], *, network: bool) -> Saved:
+    """Return a saved state that is whole and belongs here, or raise a ``StateError``.
+
+    This is the one place where a saved policy, its version and the sites are compared with those that are in use.
 
     Args:
         state: anything.
-        policy: of the cycler that is to go on.
+        policy: of the cycler that is to go on, and of its gate.
+        sites: names of what its gate gates.
         network: whether its gates have scope "network".
     """
     if not isinstance(state, dict) or "version" not in state or not isinstance(state.get("policy"), dict):
         raise StateError(f"expected a state from RegimeCycler.state_dict; got {shown(state)}.")
-    if state["version"] != 1:
-        raise StateError(f"the state has version {shown(state['version'])}; this regimewrap reads version 1.")
     here = policy.model_dump(mode="json")
-    if state["policy"] != here:
+    old = state["version"] == 1 and state["version"] is not True
+    if old:
+        try:
+            state = migrated_state(state, here, sites)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"the state is damaged: it says version 1; {type(error).__name__}: {error}.") from None
+    if state["version"] != 2:
+        raise StateError(f"the state has version {shown(state['version'])}; this regimewrap reads versions 1 and 2.")
+    _require_same_run(state, here)
+    if state.get("sites") != sites:
         raise StateError(
-            f"the state belongs to another policy: {'; '.join(differences(state['policy'], here, 'cycle'))}. "
-            "Build the cycler with the policy the state was saved under, or start without the state."
+            f"the state belongs to another model: it gates {_listed(state.get('sites'))}; this one gates "
+            f"{_listed(sites)}. Use the model the state was saved with, or start without the state."
+        )
+    if state["policy"] != here:
+        mend = " Version 1 had full_share 0, no guard and no warm-up: set these in the cycle." if old else ""
+        raise StateError(
+            f"the state belongs to another policy: {'; '.join(differences(state['policy'], here))}. "
+            f"Use the policy the state was saved under, or start without the state.{mend}"
         )
     try:
         # Through JSON, where strictness means that nothing is taken for another type.
@@ -213,25 +243,48 @@ def restored(state: object, policy: CyclePolicy, *, network: bool) -> Saved:
     except (TypeError, ValueError, RecursionError) as error:
         raise StateError(f"the state is damaged: expected plain JSON types; {error}.") from None
     if (saved.network is not None) != network:
-        difference = "another gate.scope, this model has network" if network else "gate.scope network, this model not"
-        raise StateError(
-            f"the state was saved under {difference}: wrap the model with the policy the state was saved under, or "
-            "start without the state."
-        )
-    for complaint in _contradictions(saved, policy):
+        raise StateError("the state is damaged: its histogram is missing, or there is one without scope network.")
+    for complaint in _contradictions(saved, policy.cycle):
         raise StateError(f"the state is damaged: {complaint}.")
+    if old:
+        warnings.warn(
+            "the state has version 1 and goes on as it would have then: no rows at the full budget, no guard.",
+            UserWarning,
+            stacklevel=3,
+        )
     return saved
 
 
+def _require_same_run(state: dict[str, Any], here: dict[str, Any]) -> None:
+    cycle = state["policy"].get("cycle")
+    saved = cycle.get("scaled_to") if isinstance(cycle, dict) else None
+    asked = here["cycle"]["scaled_to"]
+    if isinstance(saved, int) and isinstance(asked, int) and saved != asked:
+        raise StateError(
+            f"the state belongs to a run of {saved} updates; this cycler is made for {asked}. A cycle is scaled to its "
+            f"run: go on with total_steps={saved}, or start without the state."
+        )
+
+
+def _listed(sites: object) -> str:
+    if not isinstance(sites, list):
+        return shown(sites)
+    names = ", ".join(map(str, sites[:4]))
+    return f"{len(sites)} activations ({names}{', ...' if len(sites) > 4 else ''})"
+
+
 def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:
-    decisions, waiting = divmod(saved.updates, policy.every)
+    decisions, waiting = (0, 0) if policy.strategy.each_update else divmod(saved.updates, policy.every)
     waiting = waiting if policy.strategy.needs_signal else 0
-    if len(saved.history) != decisions:
-        yield f"{saved.updates} updates make {decisions} decisions, its history has {len(saved.history)}"
+    # A value that was refused is gone: the update it belonged to was not counted either.
+    fewer = policy.on_nonfinite == "raise" or policy.monitor in ACCURACIES
+    kept = min(decisions, HISTORY)
+    if len(saved.history) != kept:
+        yield f"{saved.updates} updates make {decisions} decisions, its history has {len(saved.history)} of {kept}"
     for pending in [saved.pending, *(share.pending for share in saved.ranks or ())]:
-        if len(pending) != waiting:
+        if len(pending) > waiting or (len(pending) < waiting and not fewer):
             yield f"{waiting} values wait for the next decision after {saved.updates} updates, it has {len(pending)}"
-    if any(record.step != number * policy.every for number, record in enumerate(saved.history, 1)):
+    if any(record.step != number * policy.every for number, record in enumerate(saved.history, 1 + decisions - kept)):
         yield f"its history is not one decision every {policy.every} updates"
     if saved.network is not None:
         bins = saved.network.bins
@@ -240,9 +293,12 @@ def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:
     if saved.ranks == []:
         yield "it was saved by no rank at all"
     state, last = saved.state, saved.history[-1] if saved.history else State.at_start(policy)
-    if any(getattr(state, name) != getattr(last, name) for name in ("keep_ratio", "phase", "cycle", "best")):
+    names = ("phase", "cycle", "best") if policy.strategy.each_update else ("keep_ratio", "phase", "cycle", "best")
+    if any(getattr(state, name) != getattr(last, name) for name in names):
         yield "its running state is not where its history ends"
     if (state.last_raise or 0) > max(0, decisions - 1) or state.held > decisions or state.skipped > saved.updates:
         yield "it counts more than has happened"
+    if state.began > saved.updates:
+        yield "its cycle begins later than it is"
     if len({state.smoothed is None, state.first is None, state.best is None}) > 1:
         yield "of smoothed, first and best some are missing"

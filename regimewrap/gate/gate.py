@@ -23,7 +23,7 @@ from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, Wrap
 from regimewrap.gate import recompute
 from regimewrap.gate.compiled import notice_hooks
 from regimewrap.gate.network import NetworkThreshold
-from regimewrap.policy.policy import RegimePolicy, require_ratio
+from regimewrap.policy.policy import PolicyLike, RegimePolicy, require_ratio
 from regimewrap.topk.op import relu_gate, topk_gate
 
 #: The attribute of a wrapped model's ``__dict__`` that holds its gate.
@@ -69,6 +69,13 @@ class _Setting(NamedTuple):
         return self._replace(keep_ratio=keep_ratio, network=network)
 
 
+class GateSample(NamedTuple):
+    """What a gate did in some forward passes: calls at a ratio below 1, and the share of them that cut something."""
+
+    calls: int
+    bound: float
+
+
 class TopKGate:
     """The keep ratio that all gated activations of one model share, and the rule by which they select.
 
@@ -86,8 +93,8 @@ class TopKGate:
         observers: called at each site of each forward pass; empty unless somebody watches.
     """
 
-    def __init__(self, policy: RegimePolicy | None = None) -> None:
-        self.policy = policy if policy is not None else RegimePolicy()
+    def __init__(self, policy: PolicyLike | None = None) -> None:
+        self.policy = RegimePolicy.of(policy)
         self.keep_ratio = torch.ones((), dtype=torch.float64, device="cpu")
         self.sites: tuple[Site, ...] = ()
         self.thresholds: dict[str, float] | None = None
@@ -102,6 +109,10 @@ class TopKGate:
         self._counts = True
         # Somebody recorded a CUDA graph at the ratio as it is now.
         self._in_cuda_graph = False
+        # The cycler puts these into force; see set_budget.
+        self.dense_rows = torch.zeros(2, dtype=torch.float64, device="cpu")
+        self.released = False  # set by unwrap
+        self.driver: weakref.ref[Any] | None = None  # the cycler that drives this gate
         rule = self.policy.gate
         self._rule: dict[str, Any] = {
             "scope": rule.scope,
@@ -133,6 +144,7 @@ class TopKGate:
             PolicyError: the ratio is outside (0, 1] or not a number.
         """
         ratio = require_ratio("keep_ratio", keep_ratio)
+        self._budget: float | None = None
         if self._in_cuda_graph and ratio != self.keep_ratio:
             self._in_cuda_graph = False
             warnings.warn(  # first of all: where warnings are errors, nothing has changed
@@ -146,6 +158,22 @@ class TopKGate:
             root = self._root() if self._root is not None else None
             self.network.aim({each.device for each in root.parameters()} if root is not None else ())
         notice_hooks()
+
+    def set_budget(self, keep_ratio: float, *, full_share: float = 0.0, update: int = 0) -> None:
+        """Set the ratio, the share of each batch at the full budget, and the update that says which rows these are."""
+        if getattr(self, "_budget", None) != keep_ratio:
+            self.set_keep_ratio(keep_ratio)
+        self._budget = keep_ratio
+        self.dense_rows[0], self.dense_rows[1] = full_share, update
+
+    def sample_next(self) -> None:
+        """Count the operator's calls in the next forward passes in train mode."""
+        self._calls = 0
+
+    def take_sample(self) -> GateSample:
+        """Return what was counted since ``sample_next``."""
+        calls, self._calls = getattr(self, "_calls", 0), -1
+        return GateSample(calls + getattr(self, "_compiled", 0), 1.0)
 
     def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
         """Cut at fixed thresholds instead of selecting, in train and eval mode and whatever the keep ratio.
@@ -219,6 +247,10 @@ class TopKGate:
             self._in_cuda_graph = True
         if self._dense_in_eval and not training and not now.forced:
             return x
+        if getattr(self, "_calls", -1) >= 0 and training and not torch.compiler.is_compiling():
+            self._calls += 1
+        if torch.compiler.is_compiling():
+            self._compiled = 1
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
         if now.network is not None:
@@ -304,7 +336,7 @@ class TopKGate:
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither a weak reference nor somebody's observer belongs in a file.
-        return {**self.__dict__, "_root": None, "observers": []}
+        return {**self.__dict__, "_root": None, "observers": [], "driver": None}
 
     def __repr__(self) -> str:
         ratio, scope = float(self.keep_ratio), self.policy.gate.scope

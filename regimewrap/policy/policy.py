@@ -6,146 +6,72 @@ a mistaken one. No torch, no models and no running state here.
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from regimewrap.errors import DataError, PolicyError
-from regimewrap.files import nearest, shown, write_whole
-from regimewrap.policy.settings import (
-    Count,
-    Positive,
-    Ratio,
-    Settings,
-    Weight,
-    Whole,
-    percent_hint,
-    whole_number,
-)
-from regimewrap.policy.strategies import ByKind, Dense, EmaRelax, EmaReset, Sawtooth, Strategy
+from regimewrap.files import shown, write_whole
+from regimewrap.policy import presets, reading
+from regimewrap.policy.migrate import migrated_policy
+from regimewrap.policy.parts import DEFAULT_KINDS, CyclePolicy, GatePolicy, SitePolicy, require_ratio
+from regimewrap.policy.presets import METHOD_STEPS, PRESETS, PresetName
+from regimewrap.policy.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Activation families that are gated unless the policy says otherwise.
-DEFAULT_KINDS = ("relu", "gelu", "silu", "hardswish", "mish", "elu", "prelu")
-
-#: Optimizer updates of the method's own run: 500 epochs of 391 batches.
-METHOD_STEPS = 195_500
-
-Name = Annotated[str, Field(min_length=1)]
-
-
-def require_ratio(name: str, value: object) -> float:
-    """Return ``value`` as a float if it is a fraction in (0, 1].
-
-    Args:
-        name: what the message calls it.
-        value: anything; numbers (not booleans) can pass.
-
-    Raises:
-        PolicyError: it is not.
-    """
-    try:
-        ratio = float("nan") if isinstance(value, bool | str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
-        ratio = float("nan")
-    if 0.0 < ratio <= 1.0:
-        return ratio
-    raise PolicyError(f"{name} must be a fraction in (0, 1]; got {shown(value)}.{percent_hint(name, value)}")
-
-
-class GatePolicy(Settings):
-    """How units are selected."""
-
-    scope: Literal["sample", "position", "batch", "network"] = Field(
-        "sample",
-        description="Units compete within a sample, a position (a token or pixel, over channels), the whole batch, or "
-        "the whole network, at one threshold from the step before. Only position and network are safe in a causal "
-        "model.",
-    )
-    score: Literal["magnitude", "value"] = Field("magnitude", description="What makes a unit large.")
-    relative_to: Literal["all", "active"] = Field("all", description="The units of which a share is kept.")
-    ties: Literal["keep", "exact"] = Field("keep", description="Keep units that tie with the last one, or cut to k.")
-    gradient: Literal["masked", "straight_through"] = Field(
-        "masked", description="Gradients flow through the kept units only, or through all."
-    )
-    eval_keep_ratio: Ratio | Literal["current"] = Field(1.0, description="The keep ratio in eval mode.")
-    channel_dim: Literal["auto"] | Whole = Field("auto", description="The dimension that position scope selects over.")
-
-    @model_validator(mode="after")
-    def _has_one_threshold(self) -> Self:
-        if self.scope == "network":
-            for name, value, only in (("score", self.score, "magnitude"), ("ties", self.ties, "keep")):
-                if value != only:
-                    raise ValueError(f"{name} must be {only!r} with scope='network'; got {value!r}.")
-        return self
-
-
-class SitePolicy(Settings):
-    """Which activations are gated. A pattern is a dotted name with ``*``, ``?`` and ``[...]``."""
-
-    include: tuple[Name, ...] = Field(("*",), description="Patterns of the names to gate.")
-    exclude: tuple[Name, ...] = Field((), description="Patterns of the names to leave alone; wins over include.")
-    kinds: tuple[Name, ...] = Field(DEFAULT_KINDS, description="The activation families to gate.")
-    min_units: Count = Field(1, description="Leave activations alone that have fewer units a sample.")
-    multipliers: dict[Name, Positive] = Field(
-        default_factory=dict, description="Factors of the keep ratio at the sites that a pattern matches."
-    )
-
-
-class CyclePolicy(Settings):
-    """How the keep ratio moves.
-
-    Every ``every`` optimizer updates the strategy looks at the monitored signal, an exponential average with weight
-    ``smoothing`` on the past, and at how far it is behind the best it was at any decision. ``tolerance_kind`` says in
-    what unit that fall, and so the strategy's tolerance, is measured:
-
-    - ``absolute``: in the signal's own unit. 0.12 of accuracy is 12 points.
-    - ``relative``: as a share of the size of the best value, ``|best|``.
-    - ``progress``: as a share of the progress made, ``|first − best|``, where ``first`` is the signal at the first
-      decision. 0.12 means that 12 % of what was gained has been lost. It is the same for any scale and offset of the
-      signal, so one number serves cross-entropy, regression and language models. As long as there is no progress,
-      any fall is infinite.
-
-    The defaults are the preset ``loss-reset``. The interval, decay and cooldown are the method's; the smoothing and
-    the tolerance are ours: 0.12 of accuracy, the method's, is about 0.12 of the progress from chance to 100 %.
-    """
-
-    strategy: Annotated[Strategy, ByKind()] = Field(
-        default_factory=EmaReset, description="The rule for the next ratio."
-    )
-    monitor: Name = Field("loss", description="The signal: loss, or the name of a metric passed to step.")
-    mode: Literal["min", "max"] = Field("min", description="Whether smaller or larger values are better.")
-    every: Count = Field(128, description="Optimizer updates between two decisions.")
-    smoothing: Weight = Field(0.9, description="Weight on the past, per update.")
-    tolerance_kind: Literal["absolute", "relative", "progress"] = Field(
-        "progress", description="The unit of the strategy's tolerance."
-    )
-    on_nonfinite: Literal["skip", "raise"] = Field("skip", description="What to do with NaN and infinities.")
+__all__ = [
+    "DEFAULT_KINDS",
+    "METHOD_STEPS",
+    "PRESETS",
+    "CyclePolicy",
+    "GatePolicy",
+    "PolicyLike",
+    "PresetName",
+    "RegimePolicy",
+    "SitePolicy",
+    "require_ratio",
+]
 
 
 class RegimePolicy(Settings):
     """All settings of a run: which activations, how they are gated, how the budget moves.
 
-    ``RegimePolicy()`` is ``RegimePolicy.preset("loss-reset")``. Frozen, comparable and hashable; ``replace`` makes a
+    ``RegimePolicy()`` is ``RegimePolicy.preset("mixed")``. Frozen, comparable and hashable; ``replace`` makes a
     changed copy.
     """
 
-    schema_version: Literal[1] = Field(1, description="The version of this format.")
+    schema_version: Literal[2] = Field(2, description="The version of this format.")
     gate: GatePolicy = Field(default_factory=GatePolicy)
     sites: SitePolicy = Field(default_factory=SitePolicy)
     cycle: CyclePolicy = Field(default_factory=CyclePolicy)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_version(cls, data: object) -> object:
+        if not isinstance(data, Mapping) or data.get("schema_version") != 1 or data.get("schema_version") is True:
+            return data
+        migrated = migrated_policy(data)
+        warnings.warn(
+            "this policy has schema_version 1 and is read as it was meant then: no rows at the full budget, closed "
+            "loops without a guard, ema-reset where it names no strategy. To keep that, save it again with to_file; "
+            'for today\'s default, begin from RegimePolicy.preset("mixed").',
+            UserWarning,
+            stacklevel=2,
+        )
+        return migrated
+
     @field_validator("schema_version", mode="before")
     @classmethod
     def _known_version(cls, version: object) -> object:
-        if version != 1 or isinstance(version, bool):
-            raise ValueError(f"expected 1, the only version that this regimewrap reads; got {shown(version)}.")
+        if version != 2 or isinstance(version, bool):
+            raise ValueError(f"expected 2, or 1, which is migrated; got {shown(version)}.")
         return version
 
     @model_validator(mode="after")
@@ -158,38 +84,76 @@ class RegimePolicy(Settings):
         return self
 
     @classmethod
-    def preset(cls, name: str, total_steps: int | None = None) -> Self:
+    def preset(cls, name: PresetName | str, total_steps: int | None = None, *, full_share: float | None = None) -> Self:
         """Return a ready policy.
 
-        ``loss-reset`` (the default policy) watches the training loss. ``accuracy-reset`` and ``accuracy-relax`` have
-        the two sets of numbers that the method's author published, for training accuracy passed as
-        ``step(accuracy=...)``. ``sawtooth`` needs no signal. ``dense`` never gates.
+        - ``mixed``, the default: half of each batch at the full budget, the other half at a ratio that visits [0.05, 1]
+          log-uniformly, another one at each update. It needs no signal and no length of a run.
+        - ``sawtooth``: the other half goes from 1 to 0.05 and back at once, a dozen times. Needs the length.
+        - ``loss-reset``: compresses to 0.05 and resets, early if the training loss falls behind its best at a like
+          budget. Needs the length and ``step(loss)``.
+        - ``accuracy-reset``, ``accuracy-relax``: the two sets of numbers that the method's author published, for
+          training accuracy passed as ``step(accuracy=...)``, with the floor, the warm-up and the guard of
+          ``loss-reset``. ``full_share=0`` takes them as published, without any of these. Need the length.
+        - ``dense``: never gates.
 
-        With ``total_steps`` the same policy is rescaled so that about a dozen cycles fit, as in the method's run of
-        195,500 updates, where a compression from 1 to 0.1 takes a twelfth:
+        Presets that need the length of the run have ``cycle.scaled_to="run"``: their numbers belong to the method's run
+        of 195,500 updates. They are rescaled here with ``total_steps``, or by ``RegimeCycler(model, total_steps=N)``,
+        so that about a dozen cycles fit:
 
-        - a cycle gets ``total_steps / 12`` updates;
+        - a cycle gets ``total_steps / 12`` updates, the warm-up of a closed loop ``total_steps / 20`` before the first;
         - ``every`` is the preset's × ``total_steps`` / 195,500, at least 8, but at most an eighth of a cycle, and at
           least 1;
-        - the strategy is rescaled to the decisions of one cycle: it compresses from 1 to 0.1 in those that it does not
-          sit out (a cooldown takes an eighth of them at most); ``accuracy-relax`` gives back more, in proportion.
+        - the strategy is rescaled to the decisions of one cycle: it compresses from 1 to its floor (to 0.1, as the
+          method's numbers do, if that is below 0.05) in those that it does not sit out (a cooldown takes an eighth of
+          them at most); ``accuracy-relax`` gives back more, in proportion.
 
-        A strategy that watches a signal may still reset sooner or later than that.
+        A strategy that watches a signal may still reset sooner than that.
 
         Args:
             name: one of ``PRESETS``.
-            total_steps: optimizer updates of the whole run; ``None`` keeps the preset's numbers.
+            total_steps: optimizer updates of the whole run; ``None`` leaves the scaling to the cycler.
+            full_share: the share of each batch at the full budget, in [0, 1); ``None``: the preset's, 0.5.
 
         Raises:
-            PolicyError: no preset has that name, or ``total_steps`` is not a whole number of at least 1.
+            PolicyError: no preset has that name, ``total_steps`` is not a whole number of at least 1, or ``full_share``
+                is outside [0, 1).
+
+        >>> RegimePolicy.preset("sawtooth", total_steps=4800).cycle.every
+        8
         """
-        build = _PRESETS.get(name) if isinstance(name, str) else None
-        if build is None:
-            raise PolicyError(f"preset must be one of {', '.join(PRESETS)}; got {shown(name)}.{nearest(name, PRESETS)}")
-        cycle = build()
-        if total_steps is not None:
-            cycle = _rescaled(cycle, whole_number("total_steps", total_steps))
-        return cls(cycle=cycle)
+        cycle = presets.preset(name, full_share)
+        return cls(cycle=cycle if total_steps is None else presets.for_run(cycle, total_steps))
+
+    @classmethod
+    def of(cls, policy: PolicyLike | None, total_steps: int | None = None) -> RegimePolicy:
+        """Return what a user may pass for a policy as a policy.
+
+        Args:
+            policy: a policy as it is, a preset's name, or the path of a policy file (a ``Path``, or text with a
+                suffix or a folder). ``None``: the default policy.
+            total_steps: optimizer updates of the whole run, to which a preset is scaled.
+
+        Raises:
+            PolicyError: it is none of these, there is no such preset, or the file holds no valid policy.
+
+        >>> RegimePolicy.of("sawtooth") == RegimePolicy.preset("sawtooth")
+        True
+        """
+        if policy is None:
+            return cls()
+        if isinstance(policy, RegimePolicy):
+            return policy
+        if isinstance(policy, str) and policy not in PRESETS and (Path(policy).suffix or os.sep in policy):
+            policy = Path(policy)
+        if isinstance(policy, os.PathLike):
+            return cls.from_file(policy)
+        if isinstance(policy, str):
+            return cls.preset(policy, total_steps)
+        raise PolicyError(
+            f"policy must be a RegimePolicy, a preset's name ({', '.join(PRESETS)}) or the path of a policy file; "
+            f"got {shown(policy)}."
+        )
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -211,7 +175,7 @@ class RegimePolicy(Settings):
         Raises:
             PolicyError: the text is not JSON, or not a valid policy.
         """
-        return cls._from_text(text, _parse_json)
+        return cls._from_text(text, reading.parse_json)
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
@@ -220,7 +184,7 @@ class RegimePolicy(Settings):
         Raises:
             PolicyError: the text is not plain YAML, or not a valid policy.
         """
-        return cls._from_text(text, _parse_yaml)
+        return cls._from_text(text, reading.parse_yaml)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -230,7 +194,7 @@ class RegimePolicy(Settings):
             PolicyError: the file cannot be read, or holds no valid policy; each line of the message names the file.
         """
         path = Path(path)
-        parse = _parse_json if _is_json(path) else _parse_yaml
+        parse = reading.parse_json if reading.is_json(path) else reading.parse_yaml
         try:
             return cls._from_text(path.read_text(encoding="utf-8-sig"), parse)
         except UnicodeDecodeError:
@@ -247,7 +211,7 @@ class RegimePolicy(Settings):
             PolicyError: the suffix is another, or the file cannot be written; a file that was there is as it was.
         """
         path = Path(path)
-        text = self.to_json() if _is_json(path) else self.to_yaml()
+        text = self.to_json() if reading.is_json(path) else self.to_yaml()
         try:
             write_whole(path, text)
         except DataError as error:
@@ -269,56 +233,5 @@ class RegimePolicy(Settings):
         return cls.model_validate(data)
 
 
-def _is_json(path: Path) -> bool:
-    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise PolicyError(f"{path}: a policy file's name ends in .yaml, .yml or .json; got {path.suffix!r}.")
-    return path.suffix.lower() == ".json"
-
-
-def _parse_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise PolicyError(f"this is not JSON: {error}.") from None
-
-
-def _parse_yaml(text: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.constructor.ConstructorError as error:
-        mend = " A policy is plain data: remove the tag." if "tag" in str(error.problem) else ""
-        raise PolicyError(f"this YAML cannot be used: {_yaml_reason(error)}.{mend}") from None
-    except yaml.YAMLError as error:
-        raise PolicyError(f"this is not YAML: {_yaml_reason(error)}.") from None
-    except ValueError as error:  # an impossible date, an endless number
-        raise PolicyError(f"this YAML has a value that cannot be read: {error}.") from None
-
-
-def _yaml_reason(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(str(error.problem).split())}"
-    return " ".join(str(error).split())
-
-
-_ACCURACY: dict[str, Any] = {"monitor": "accuracy", "mode": "max", "tolerance_kind": "absolute"}
-
-# Built when asked for, which keeps `import regimewrap` quick.
-_PRESETS: dict[str, Callable[[], CyclePolicy]] = {
-    "loss-reset": CyclePolicy,
-    "accuracy-reset": lambda: CyclePolicy(strategy=EmaReset(), every=128, smoothing=0.5, **_ACCURACY),
-    "accuracy-relax": lambda: CyclePolicy(strategy=EmaRelax(), every=50, smoothing=0.9, **_ACCURACY),
-    "sawtooth": lambda: CyclePolicy(strategy=Sawtooth()),
-    "dense": lambda: CyclePolicy(strategy=Dense()),
-}
-
-#: The names that ``RegimePolicy.preset`` takes.
-PRESETS: tuple[str, ...] = tuple(_PRESETS)
-
-
-def _rescaled(cycle: CyclePolicy, total_steps: int) -> CyclePolicy:
-    """Apply the rule that ``RegimePolicy.preset`` states, in whole numbers so that no length is too long."""
-    every = max(8, (cycle.every * total_steps + METHOD_STEPS // 2) // METHOD_STEPS)
-    every = max(1, min(every, total_steps // (12 * 8)))
-    decisions = max(1, total_steps // (12 * every))
-    return cycle.replace(every=every, strategy=cycle.strategy.rescaled(decisions))
+#: What a user may pass for a policy: one, a preset's name, or the path of a policy file.
+PolicyLike: TypeAlias = RegimePolicy | PresetName | str | os.PathLike[str]

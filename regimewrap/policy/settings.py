@@ -175,6 +175,8 @@ def _line(problem: Mapping[str, Any], root: dict[str, Any], title: str) -> str:
         tag = context["tag"]
         mend = " Register its class first." if isinstance(value, Settings) else nearest(tag, kinds)
         return f"{name} must be one of {', '.join(kinds)}; got {shown(tag)}.{mend}"
+    if kind == "length":
+        return f"{name} {problem['msg']}; got {shown(value)}."
     if kind in ("value_error", "assertion_error"):
         return f"{name}: {context['error']}" if name else str(context["error"])
     if not node or not (kind in _PLAIN_ERRORS or kind.endswith(("_type", "_parsing"))):

@@ -20,7 +20,7 @@ from regimewrap.recipes.wide_resnet import WideResNet, parse_arch
 from regimewrap.report.results import Run, TracePoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from regimewrap import Regime, RegimePolicy
     from regimewrap.measure.telemetry import Watch
@@ -54,30 +54,11 @@ class TrainSettings:
 
 @final
 @dataclass(frozen=True)
-class Status:
-    """Where a run is, just after an optimizer update.
-
-    ``step`` and ``epoch`` count from 1. ``loss`` (nats) is the mean training loss since the decision before or, where
-    ``epoch_done``, over the epoch; nan before the first. ``keep_ratio`` and ``phase`` are in force from now on.
-    """
-
-    step: int
-    total_steps: int
-    epoch: int
-    epoch_done: bool
-    loss: float
-    keep_ratio: float
-    phase: str
-
-
-@final
-@dataclass(frozen=True)
 class Trained:
-    """A run with its model; ``updates`` were made, fewer than planned if the run was stopped."""
+    """A run's record with its model, which is still wrapped."""
 
     run: Run
     model: nn.Module
-    updates: int
 
 
 def build_model(arch: str, data: ImageData) -> WideResNet:
@@ -98,9 +79,6 @@ def train_run(
     *,
     seed: int,
     device: torch.device | None = None,
-    on_step: Callable[[Status], None] = lambda _: None,
-    on_evaluate: Callable[[int, int], None] = lambda _done, _total: None,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train one model from scratch and evaluate it at each of the settings' keep ratios.
 
@@ -112,9 +90,6 @@ def train_run(
         seed: of the initial weights and of the order of the images. On the CPU, with the same number of threads, runs
             of the same seed are equal bit for bit.
         device: the CPU if ``None``.
-        on_step: called after each optimizer update.
-        on_evaluate: called during the evaluation with the images done, over all keep ratios, and their total.
-        should_stop: asked after each optimizer update; if true, training ends there and the model is evaluated.
 
     Raises:
         SignalError: the loss is not finite any more.
@@ -126,9 +101,9 @@ def train_run(
     model = wrap(build_model(settings.arch, data).to(device), policy)
     cycler = RegimeCycler(model)
     optimizer, schedule = _optimizer(model, settings, total_steps)
-    recorder = _Recorder(model, policy.cycle.every, total_steps)
+    recorder = _Recorder(model, policy.cycle.every)
     model.train()
-    for epoch, last, x, y in _batches(data.train, settings, seed, device):
+    for x, y in _batches(data.train, settings, seed, device):
         with recorder.watching():
             logits = model(x)
         loss = F.cross_entropy(logits, y)
@@ -138,23 +113,17 @@ def train_run(
         schedule.step()
         recorder.saw(loss)
         regime = cycler.step(loss, accuracy=(logits.argmax(1) == y).float().mean())
-        on_step(recorder.made_update(regime, epoch, last))
-        if should_stop():
-            break
-    return Trained(recorder.run(arm, seed, data.test, settings, on_evaluate), model, recorder.step)
+        recorder.made_update(regime)
+    return Trained(recorder.run(arm, seed, data.test, settings), model)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: ImageSet, on_batch: Callable[[int], None] = lambda _: None) -> float:
-    """Return the share of images, in 0..1, that the model classifies rightly, in the mode it is in.
-
-    ``on_batch`` is called with the number of images in each batch.
-    """
+def accuracy(model: nn.Module, images: ImageSet) -> float:
+    """Return the share of images, in 0..1, that the model classifies rightly, in the mode it is in."""
     device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
     for x, y in images.batches(_TEST_BATCH):
         right += (model(x.to(device)).argmax(1) == y.to(device)).sum()
-        on_batch(len(y))
     return int(right) / len(images)
 
 
@@ -173,31 +142,12 @@ def _optimizer(
 
 def _batches(
     images: ImageSet, settings: TrainSettings, seed: int, device: torch.device
-) -> Iterator[tuple[int, bool, Tensor, Tensor]]:
-    """Yield the epoch, whether this is its last batch, images and labels, for all epochs."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images and labels of all epochs, each in an order of its own."""
     order = torch.Generator().manual_seed(seed)
-    per_epoch = settings.total_steps(len(images)) // settings.epochs
-    for epoch in range(1, settings.epochs + 1):
-        for number, (x, y) in enumerate(images.batches(settings.batch_size, order), start=1):
-            yield epoch, number == per_epoch, x.to(device), y.to(device)
-
-
-class _Mean:
-    """A mean that stays on its device until it is read."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | float = 0.0
-        self._count = 0
-
-    def add(self, value: Tensor) -> None:
-        self._sum = self._sum + value.detach()
-        self._count += 1
-
-    def take(self) -> float:
-        """Return the mean of what was added, and begin anew."""
-        mean = float(self._sum) / self._count
-        self._sum, self._count = 0.0, 0
-        return mean
+    for _ in range(settings.epochs):
+        for x, y in images.batches(settings.batch_size, order):
+            yield x.to(device), y.to(device)
 
 
 @final
@@ -207,12 +157,10 @@ class _Recorder:
     Looking at every gate at every update would cost a few per cent, and reading the loss waits for the device.
     """
 
-    def __init__(self, model: nn.Module, every: int, total_steps: int) -> None:
-        self.step = 0
-        self._model, self._every, self._total_steps = model, every, total_steps
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self._model, self._every, self._step = model, every, 0
         self._trace: list[TracePoint] = []
-        self._since_decision, self._in_epoch = _Mean(), _Mean()
-        self._loss = float("nan")
+        self._losses: list[Tensor] = []  # since the decision before; on their device until they are read
         self._cycles = 0
         self._seen: Watch | None = None
         self._keep_ratio = 1.0
@@ -221,9 +169,9 @@ class _Recorder:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Go around the forward pass of an update."""
-        self.step += 1
+        self._step += 1
         self._keep_ratio, self._seen = float(gate_of(self._model).keep_ratio), None
-        if self.step % self._every:
+        if self._step % self._every:
             yield
         else:
             with watch(self._model) as self._seen:
@@ -231,42 +179,31 @@ class _Recorder:
 
     def saw(self, loss: Tensor) -> None:
         """Take the loss of the update."""
-        self._since_decision.add(loss)
-        self._in_epoch.add(loss)
-        if self._seen is not None:
-            self._loss = self._finite(self._since_decision.take())
+        self._losses.append(loss.detach())
 
-    def made_update(self, regime: Regime, epoch: int, epoch_done: bool) -> Status:
-        """Take what the cycler made of the update; return where the run is."""
+    def made_update(self, regime: Regime) -> None:
+        """Take what the cycler made of the update."""
         self._cycles = regime.cycle
-        if self._seen is not None:
-            self._trace.append(
-                TracePoint(
-                    step=self.step,
-                    loss=self._loss,
-                    keep_ratio=self._keep_ratio,
-                    phase=regime.phase,
-                    event=regime.event,
-                    bound=self._seen.bound,
-                    density=self._seen.density,
-                )
+        if self._seen is None:
+            return
+        self._trace.append(
+            TracePoint(
+                step=self._step,
+                loss=self._mean_loss(),
+                keep_ratio=self._keep_ratio,
+                phase=regime.phase,
+                event=regime.event,
+                bound=self._seen.bound,
+                density=self._seen.density,
             )
-        loss = self._finite(self._in_epoch.take()) if epoch_done else self._loss
-        return Status(self.step, self._total_steps, epoch, epoch_done, loss, regime.keep_ratio, regime.phase)
+        )
 
-    def run(
-        self, arm: str, seed: int, test: ImageSet, settings: TrainSettings, on_evaluate: Callable[[int, int], None]
-    ) -> Run:
+    def run(self, arm: str, seed: int, test: ImageSet, settings: TrainSettings) -> Run:
         """Evaluate the model and return the record of the run."""
+        if self._losses:
+            self._mean_loss()  # refuses what diverged after the last decision
         seconds = time.perf_counter() - self._started
-        total, done = len(test) * len(settings.keep_ratios), 0
-
-        def count(images: int) -> None:
-            nonlocal done
-            done += images
-            on_evaluate(done, total)
-
-        values = sweep(self._model, lambda model: accuracy(model, test, count), settings.keep_ratios).values
+        values = sweep(self._model, lambda model: accuracy(model, test), settings.keep_ratios).values
         return Run(
             arm=arm,
             seed=seed,
@@ -277,9 +214,11 @@ class _Recorder:
             train_seconds=seconds,
         )
 
-    def _finite(self, loss: float) -> float:
-        if not abs(loss) < float("inf"):
+    def _mean_loss(self) -> float:
+        mean = float(torch.stack(self._losses).mean())
+        self._losses.clear()
+        if not abs(mean) < float("inf"):
             raise SignalError(
-                f"the training loss became {loss} at or before update {self.step}; lower the learning rate."
+                f"the training loss became {mean} at or before update {self._step}; lower the learning rate."
             )
-        return loss
+        return mean

@@ -1,6 +1,6 @@
-"""Several runs at once, each in a process of its own with one thread, so that figures don't depend on how many.
+"""Several runs at once, each in a process with one thread, so that figures don't depend on how many there are.
 
-Starts processes, hands out runs, passes on what they say, and leaves none behind: not after an error, not after Ctrl-C.
+Starts processes, hands out runs and returns their records; after an error or Ctrl-C no process of its own is left.
 """
 
 from __future__ import annotations
@@ -8,27 +8,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
-from collections import deque
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, final
 
 import torch
 
 from regimewrap.errors import RegimewrapError
 from regimewrap.recipes.data import load_data
-from regimewrap.recipes.training import Status, TrainSettings, train_run
-from regimewrap.report.results import Run
+from regimewrap.recipes.training import TrainSettings, train_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from multiprocessing.connection import Connection
 
     from regimewrap.policy.policy import RegimePolicy
+    from regimewrap.report.results import Run
 
 _MOST_WORKERS = 4  # each takes some 400 MB
-_SECONDS_BETWEEN_STATUS = 0.1
 
 
 @final
@@ -58,75 +55,42 @@ def default_workers() -> int:
     return min(cores or 1, _MOST_WORKERS)
 
 
-def train_jobs(jobs: Iterable[Job], work: Work, workers: int) -> Iterator[tuple[Job, Status | Run]]:
-    """Train every job, some at once, and yield what they report: a ``Status`` now and then, at the end a ``Run``.
+def train_jobs(jobs: Iterable[Job], work: Work, workers: int) -> Iterator[tuple[Job, Run]]:
+    """Train every job, ``workers`` at once, and yield each with its record as soon as it has ended.
 
     Call it where ``multiprocessing`` may start processes anew: in a script, below ``if __name__ == "__main__":``.
 
     Raises:
-        RegimewrapError: a run failed, or its process died.
+        RegimewrapError: a run failed, or its process died; the message names a run.
     """
-    todo = deque(jobs)
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch may hang
-    processes: list[Any] = []
-    doing: dict[Connection, Job] = {}
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin)
+    doing = {pool.submit(_train, job, work): job for job in jobs}
     try:
-        for _ in range(min(workers, len(todo))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            doing[ours] = todo.popleft()
-            ours.send(doing[ours])
-        while doing:
-            for pipe in cast("list[Connection]", wait(list(doing))):
-                job = doing[pipe]
-                message = _receive(pipe, job)
-                yield job, message
-                if isinstance(message, Run):
-                    if todo:
-                        doing[pipe] = todo.popleft()
-                        pipe.send(doing[pipe])
-                    else:
-                        del doing[pipe]
-                        pipe.close()
+        for future in as_completed(doing):
+            job = doing[future]
+            try:
+                yield job, future.result()
+            except BrokenProcessPool:
+                raise RegimewrapError(
+                    f"{job.arm}, seed {job.seed}: a process that trained died; is there enough memory?"
+                ) from None
+            except RegimewrapError as error:
+                raise RegimewrapError(f"{job.arm}, seed {job.seed}: {error}") from None
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # else leaving would wait for the runs that are under way
+        raise
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _receive(pipe: Connection, job: Job) -> Status | Run:
-    where = f"{job.arm}, seed {job.seed}"
-    try:
-        message = pipe.recv()
-    except (EOFError, OSError):
-        raise RegimewrapError(f"{where}: the process that trained it died; is there enough memory?") from None
-    if isinstance(message, Status | Run):
-        return message
-    raise RegimewrapError(f"{where}: {message}")
-
-
-def _serve(pipe: Connection, work: Work) -> None:
-    """Train the jobs that come through the pipe, until it is closed."""
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
     torch.set_num_threads(1)
-    told = 0.0
 
-    def tell(status: Status) -> None:
-        nonlocal told
-        if time.monotonic() - told > _SECONDS_BETWEEN_STATUS:
-            told = time.monotonic()
-            pipe.send(status)
 
-    try:
-        data = load_data(work.source, limit=work.limit)
-        while True:
-            job = pipe.recv()
-            pipe.send(train_run(job.arm, job.policy, data, work.settings, seed=job.seed, on_step=tell).run)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # nobody is there any more
-    except RegimewrapError as error:
-        pipe.send(str(error))
+def _train(job: Job, work: Work) -> Run:
+    data = load_data(work.source, limit=work.limit)
+    return train_run(job.arm, job.policy, data, work.settings, seed=job.seed).run

@@ -1,7 +1,7 @@
 """Records of a run -> a sentence, a table, plots and one self-contained page.
 
-Reads ``regimewrap.report.results`` and writes files. It trains nothing, loads no torch, and imports matplotlib and
-rich only when a plot or a table is asked for.
+Reads ``regimewrap.report.results`` and writes files. It trains nothing, loads no torch, and imports matplotlib only
+when a plot is asked for.
 """
 
 from __future__ import annotations

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regimewrap.errors import MissingExtraError
+from regimewrap.files import text_table
 from regimewrap.report.summary import accuracy, bound_share, budget, keep_ratios, percent, percent_spread, seed_count
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from regimewrap.report.results import Experiment
 
 
-def console_table(experiment: Experiment) -> Table:
+def console_table(experiment: Experiment, width: int | None = None) -> str:
     """Return a table of test accuracy, in percent, mean ± standard deviation over seeds: a row an arm.
 
-    Raises:
-        MissingExtraError: rich is not installed.
+    Where ``width``, columns of the terminal, is too small for that, an arm is a block of lines.
     """
-    try:
-        from rich.table import Table
-    except ImportError as error:
-        raise MissingExtraError("rich", "cli") from error
     ratios = keep_ratios(experiment)
-    table = Table(title=accuracy_caption(experiment), title_justify="left")
-    table.add_column("arm", no_wrap=True)
-    for ratio in ratios:
-        table.add_column(budget(ratio), justify="right")
-    table.add_column("gate bound", justify="right")
-    table.add_column("cycles", justify="right")
+    rows = [["arm", *map(budget, ratios), "gate bound", "cycles"]]
     for arm in experiment.arms:
         figures = [percent_spread(accuracy(experiment, arm.name, ratio)) for ratio in ratios]
-        table.add_row(arm.name, *figures, percent(bound_share(experiment, arm.name).mean), cycles(experiment, arm.name))
-    return table
+        bound = percent(bound_share(experiment, arm.name).mean)
+        rows.append([arm.name, *figures, bound, cycles(experiment, arm.name)])
+    return f"{accuracy_caption(experiment)}\n{text_table(rows, width)}"
 
 
 def accuracy_caption(experiment: Experiment) -> str:

@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from regimewrap.errors import NoSitesError, WrapError
 from regimewrap.gate.gate import GATE_ATTRIBUTE, Site, SiteGate, TopKGate
-from regimewrap.policy.policy import RegimePolicy
+from regimewrap.policy.policy import PolicyLike, RegimePolicy
 from regimewrap.rewrite.graph import TwoModes, gate_graph_module, graphs_of
 from regimewrap.sites import catalog
 from regimewrap.sites.choose import choose, site_for
@@ -28,12 +28,12 @@ class InsertGates(PassBase):
     """A pass that puts a shared gate behind the chosen activations of a ``GraphModule``, in place.
 
     Args:
-        policy: what to gate and how; the default policy if ``None``.
+        policy: what to gate and how: a policy, a preset's name or a policy file; ``None``: the default.
         gate: the gate to share; a new one if ``None``.
     """
 
-    def __init__(self, policy: RegimePolicy | None = None, gate: TopKGate | None = None) -> None:
-        self.policy = policy if policy is not None else RegimePolicy()
+    def __init__(self, policy: PolicyLike | None = None, gate: TopKGate | None = None) -> None:
+        self.policy = RegimePolicy.of(policy)
         self.gate = gate if gate is not None else TopKGate(self.policy)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -65,13 +65,13 @@ class InsertGates(PassBase):
         return site_for(self.policy, found, module) if choose(self.policy.sites, found, purpose)[0] else None
 
 
-def insert_gates(module: nn.Module, policy: RegimePolicy | None = None) -> fx.GraphModule:
+def insert_gates(module: nn.Module, policy: PolicyLike | None = None) -> fx.GraphModule:
     """Return a ``GraphModule`` with one shared gate after the chosen activations.
 
     Args:
         module: a ``torch.fx.GraphModule`` (also one from a feature extractor or ``torch.export(...).module()``), or any
             module that traces; train and eval mode are traced apart, and ``train()`` and ``eval()`` switch.
-        policy: what to gate and how; the default policy if ``None``.
+        policy: what to gate and how: a policy, a preset's name or a policy file; ``None``: the default.
 
     Returns:
         A new module that shares parameters, buffers and children with ``module``, which is not changed. Parts that

@@ -1,6 +1,6 @@
 """Run the benchmarks of this folder, each in a process of its own, and put their figures beside their targets.
 
-    regimewrap bench [--only NAME] [--quick] [--out DIR]
+    python tests/benchmarks/run_all.py [--only NAME ...] [--quick] [--out DIR]
 
 Every script here is a benchmark and stands by itself; ``paired.py`` holds what they share. This file only starts them,
 reads the JSON that they write and makes one table of it. It must not measure anything.
@@ -9,6 +9,7 @@ reads the JSON that they write and makes one table of it. It must not measure an
 # ruff: noqa: T201  a script prints
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import operator
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from regimewrap.errors import DataError
-from regimewrap.recipes.outputs import claimed_folder
+from regimewrap.files import claimed_folder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -207,3 +208,20 @@ def piped(table: list[list[str]]) -> Iterator[str]:
     head, *rows = table
     for row in (head, ["---"] * len(head), *rows):
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description="Run the benchmarks of this folder.")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="benchmarks, or scripts for all variants")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds, and not those that take minutes")
+    parser.add_argument("--out", type=Path, default=Path("regimewrap-bench"), help="folder for the tables")
+    options = parser.parse_args()
+    try:
+        return run_all(options.only, quick=options.quick, out=options.out)
+    except DataError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,6 +57,10 @@ def relax_loop(values: list[float], cap: float) -> list[float]:
     return ratios
 
 
+def published(name: str, **changes: object) -> RegimePolicy:
+    return RegimePolicy.preset(name, full_share=0).replace(cycle={"scaled_to": None, **changes})
+
+
 def driven(policy: RegimePolicy, values: list[float]) -> tuple[list[float], set[str]]:
     cycler = RegimeCycler(TopKGate(), policy)
     ratios = [cycler.step(accuracy=value).keep_ratio for value in values]
@@ -66,7 +70,7 @@ def driven(policy: RegimePolicy, values: list[float]) -> tuple[list[float], set[
 def test_the_preset_accuracy_reset_is_the_published_controller():
     values = accuracies(0, 20_000)
 
-    ratios, events = driven(RegimePolicy.preset("accuracy-reset"), values)
+    ratios, events = driven(published("accuracy-reset"), values)
 
     assert ratios == reset_loop(values)
     assert events == {"compress", "hold", "reset"}
@@ -75,7 +79,7 @@ def test_the_preset_accuracy_reset_is_the_published_controller():
 def test_the_preset_accuracy_relax_is_the_published_controller():
     values = accuracies(1, 20_000)
 
-    ratios, events = driven(RegimePolicy.preset("accuracy-relax"), values)
+    ratios, events = driven(published("accuracy-relax"), values)
 
     assert ratios == relax_loop(values, cap=0.03)
     assert events == {"compress", "hold", "relax"}
@@ -83,7 +87,7 @@ def test_the_preset_accuracy_relax_is_the_published_controller():
 
 def test_with_a_higher_cap_the_urgency_of_the_relaxing_shows():
     values = accuracies(2, 20_000)
-    policy = RegimePolicy.preset("accuracy-relax").replace(cycle={"strategy": {"step_cap": 1.0}})
+    policy = published("accuracy-relax", strategy={"step_cap": 1.0})
 
     ratios, _ = driven(policy, values)
 
@@ -94,13 +98,13 @@ def test_with_a_higher_cap_the_urgency_of_the_relaxing_shows():
 @settings(deadline=None)
 @given(values=st.lists(st.floats(0, 1), max_size=80), every=st.integers(1, 5))
 def test_the_published_controller_is_followed_for_any_accuracy_and_interval(values: list[float], every: int):
-    ratios, _ = driven(RegimePolicy.preset("accuracy-reset").replace(cycle={"every": every}), values)
+    ratios, _ = driven(published("accuracy-reset", every=every), values)
 
     assert ratios == reset_loop(values, every)
 
 
 def test_a_fall_beyond_tolerance_at_full_budget_is_a_reset_but_no_new_cycle():
-    policy = RegimePolicy.preset("accuracy-reset").replace(cycle={"every": 1, "smoothing": 0.0})
+    policy = published("accuracy-reset", every=1, smoothing=0.0)
     cycler = RegimeCycler(TopKGate(), policy.replace(cycle={"strategy": EmaReset(decay=1.0)}))
 
     cycler.step(accuracy=0.9)
@@ -112,17 +116,20 @@ def test_a_fall_beyond_tolerance_at_full_budget_is_a_reset_but_no_new_cycle():
 
 def test_a_fall_of_exactly_the_tolerance_is_tolerated():
     strategy = EmaReset(tolerance=0.25)
-    policy = RegimePolicy.preset("accuracy-reset").replace(cycle={"every": 1, "smoothing": 0.0, "strategy": strategy})
+    policy = published("accuracy-reset", every=1, smoothing=0.0, strategy=strategy)
     cycler = RegimeCycler(TopKGate(), policy)
 
     assert [cycler.step(accuracy=value).event for value in (1.0, 0.75)] == ["compress", "compress"]
 
 
 def test_the_numbers_of_the_presets_are_the_methods():
-    reset, relax = (RegimePolicy.preset(name).cycle for name in ("accuracy-reset", "accuracy-relax"))
+    reset, relax = (published(name).cycle for name in ("accuracy-reset", "accuracy-relax"))
 
     assert (reset.every, reset.smoothing, relax.every, relax.smoothing) == (128, 0.5, 50, 0.9)
     assert reset.strategy == EmaReset(decay=1 - 0.018, tolerance=0.12, cooldown=3)
     assert relax.strategy == EmaRelax(decay=1 - 0.02, tolerance=0.01, step=0.03, step_cap=0.03, floor=0.2)
-    for cycle in (reset, relax):
+    for name, cycle in (("accuracy-reset", reset), ("accuracy-relax", relax)):
+        mended = RegimePolicy.preset(name).cycle
+        assert mended.strategy == cycle.strategy.replace(floor=0.05)
+        assert (mended.every, mended.smoothing) == (cycle.every, cycle.smoothing)
         assert (cycle.monitor, cycle.mode, cycle.tolerance_kind) == ("accuracy", "max", "absolute")

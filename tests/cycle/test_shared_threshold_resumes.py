@@ -57,10 +57,10 @@ def test_a_state_of_another_scope_is_refused_and_changes_nothing():
     train(*network, range(5))
     before = network[2].state_dict()
 
-    with pytest.raises(StateError, match=r"saved under another gate.scope, this model has network"):
+    with pytest.raises(StateError, match=r"gate.scope is 'sample' in the state and 'network' here"):
         network[2].load_state_dict(sample[2].state_dict())
     assert network[2].state_dict() == before
-    with pytest.raises(StateError, match=r"saved under gate.scope network, this model not"):
+    with pytest.raises(StateError, match=r"gate.scope is 'network' in the state and 'sample' here"):
         sample[2].load_state_dict(before)
 
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from regimewrap import gate_of, wrap
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.errors import NotWrappedError, PolicyError, SignalError
 from regimewrap.gate.gate import TopKGate
 from regimewrap.policy.policy import CyclePolicy, RegimePolicy
-from regimewrap.policy.strategies import Constant, Dense, EmaReset, PlateauReset, Sawtooth
+from regimewrap.policy.strategies import Constant, Dense, EmaReset, PlateauReset, Sawtooth, Spread
 
 
 def cycler_with(**cycle: Any) -> RegimeCycler:
-    settings = {"strategy": EmaReset(decay=0.5, cooldown=0), "every": 1, "smoothing": 0.0, **cycle}
+    settings = {"strategy": EmaReset(decay=0.5, cooldown=0), "every": 1, "smoothing": 0.0, "guarded": False, **cycle}
     return RegimeCycler(TopKGate(), CyclePolicy(**settings))
 
 
@@ -75,7 +76,9 @@ def test_progress_does_not_depend_on_the_signals_scale_or_offset(scale: float, o
 
 
 def test_for_accuracy_more_is_better():
-    policy = RegimePolicy.preset("accuracy-reset").replace(cycle={"every": 1, "smoothing": 0.0})
+    policy = RegimePolicy.preset("accuracy-reset", full_share=0).replace(
+        cycle={"every": 1, "smoothing": 0.0, "scaled_to": None}
+    )
     cycler = RegimeCycler(TopKGate(), policy)
 
     assert [cycler.step(accuracy=value).event for value in (0.1, 0.9, 0.7)] == ["compress", "compress", "reset"]
@@ -235,7 +238,7 @@ def test_a_signal_that_cannot_steer_is_refused_and_changes_nothing(monitor: str,
     assert cycler.step(0.5, accuracy=0.5).event == "compress"
 
 
-def test_raising_for_values_that_are_not_finite_names_the_update_and_changes_nothing():
+def test_raising_for_values_that_are_not_finite_names_the_update_and_counts_none():
     cycler = cycler_with(every=3, on_nonfinite="raise")
     cycler.step(1.0)
     cycler.step(math.nan)
@@ -244,7 +247,84 @@ def test_raising_for_values_that_are_not_finite_names_the_update_and_changes_not
     with pytest.raises(SignalError, match="loss was nan at update 2"):
         cycler.step(1.0)
 
-    assert cycler.state_dict() == before
+    assert cycler.state_dict() == {**before, "pending": [1.0]}
+
+
+def test_a_refused_value_is_forgotten_so_that_the_next_steps_work():
+    cycler = cycler_with(every=3, on_nonfinite="raise")
+    cycler.step(1.0)
+    cycler.step(math.nan)
+    with pytest.raises(SignalError):
+        cycler.step(1.0)
+    resumed = cycler_with(every=3, on_nonfinite="raise")
+    resumed.load_state_dict(cycler.state_dict())
+
+    for each in (cycler, resumed):
+        assert each.step(2.0).event == "compress"
+        assert each.history[0].signal == 2.0
+        assert [each.step(1.0).event for _ in range(3)] == [None, None, "compress"]
+
+
+def test_a_step_is_whole_where_its_warning_is_an_error():
+    policy = RegimePolicy.from_yaml("gate: {scope: network}").replace(
+        cycle={"strategy": EmaReset(decay=0.5), "every": 1, "guarded": False}
+    )
+    model = wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()), policy)
+    cycler = RegimeCycler(model)
+    model(torch.randn(3, 4))
+
+    with pytest.raises(RuntimeWarning):
+        cycler.step(math.nan)
+
+    assert gate_of(model).network.histogram.sum() == 24
+    assert cycler.updates == 1
+
+
+def test_the_best_is_compared_with_signals_of_like_budgets_only():
+    cycler = cycler_with(strategy=EmaReset(decay=0.5, cooldown=0, tolerance=0.1), guarded=True)
+
+    events = [cycler.step(loss).event for loss in (1.0, 5.0, 9.0)]  # each budget for the first time
+    assert events == ["compress"] * 3
+    assert cycler.step(9.0).event == "compress"
+    assert cycler.state_dict()["state"]["bests"] == [1.0, 5.0, 9.0, 9.0]
+
+
+def test_a_fall_at_a_like_budget_resets():
+    cycler = cycler_with(
+        strategy=EmaReset(decay=0.9, cooldown=0, tolerance=0.1), tolerance_kind="absolute", guarded=True
+    )
+
+    assert [cycler.step(loss).event for loss in (1.0, 1.05, 1.2)] == ["compress", "compress", "reset"]
+
+
+def test_a_strategy_without_a_guard_is_told_the_best_of_all():
+    cycler = cycler_with(strategy=EmaReset(decay=0.5, cooldown=0, tolerance=0.1), tolerance_kind="absolute")
+
+    assert [cycler.step(loss).event for loss in (1.0, 5.0)] == ["compress", "reset"]
+
+
+def test_plateau_reset_counts_its_holds_anew_after_each_move():
+    cycler = cycler_with(
+        strategy=PlateauReset(decay=0.5, tolerance=0.1, patience=2, floor=0.01), tolerance_kind="absolute"
+    )
+
+    events = [cycler.step(loss).event for loss in (1.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0)]
+
+    assert events == ["compress", "hold", "hold", "compress", "hold", "hold", "reset"]
+
+
+def test_a_warm_up_is_at_the_full_budget_and_the_rule_begins_after_it():
+    for strategy in (EmaReset(decay=0.5), Sawtooth(decisions=3, floor=0.25), Constant(keep_ratio=0.2), Spread()):
+        cycler = cycler_with(strategy=strategy, warmup=4)
+        bare = cycler_with(strategy=strategy)
+
+        ratios = [cycler.keep_ratio, *(cycler.step(1.0).keep_ratio for _ in range(10))]
+
+        assert ratios[:4] == [1.0] * 4
+        if strategy.kind == "spread":
+            assert ratios[4:] == [1.0, *(bare.step(1.0).keep_ratio for _ in range(6))]
+        else:
+            assert ratios[4:] == [bare.step(1.0).keep_ratio for _ in range(7)]
 
 
 def test_metrics_that_nobody_monitors_are_ignored():
@@ -274,16 +354,17 @@ def test_bound_models_follow():
 
 
 def test_without_a_policy_the_gates_is_followed():
-    policy = RegimePolicy.preset("sawtooth")
+    policy = RegimePolicy.preset("sawtooth", total_steps=500)
 
+    assert RegimeCycler(TopKGate("sawtooth"), total_steps=500).policy == policy.cycle
     assert RegimeCycler(TopKGate(policy)).policy == policy.cycle
     assert RegimeCycler(TopKGate(), policy).policy == policy.cycle
     assert RegimeCycler(TopKGate(), policy.cycle).policy == policy.cycle
 
 
-@pytest.mark.parametrize("policy", ["sawtooth", EmaReset(), {}, 3])
+@pytest.mark.parametrize("policy", [EmaReset(), {}, 3])
 def test_what_is_not_a_policy_is_refused(policy: Any):
-    with pytest.raises(PolicyError, match="policy must be a RegimePolicy or a CyclePolicy"):
+    with pytest.raises(PolicyError, match="policy must be a RegimePolicy, a preset's name"):
         RegimeCycler(TopKGate(), policy)
 
 

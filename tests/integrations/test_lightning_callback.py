@@ -47,6 +47,14 @@ class Module(LightningModule):
         return list(range(10))
 
 
+class _Validated(Module):
+    def validation_step(self, number: int) -> None:
+        self.loss(int(number))
+
+    def val_dataloader(self) -> list[int]:
+        return [0]
+
+
 class Losses(Callback):
     """Keeps the loss of each micro-batch, as it came out of the criterion."""
 
@@ -220,8 +228,8 @@ def test_a_state_of_another_version_and_a_damaged_one_are_refused(tmp_path: Path
     checkpoint = torch.load(_checkpoint(tmp_path), weights_only=True)
     state = checkpoint["callbacks"]["RegimeCallback"]
     for change, message in [
-        ({"version": 7}, "version 7; this regimewrap reads version 1"),
-        ({"cycler": {**state["cycler"], "updates": 3}}, "the state is damaged: 3 updates make 3 decisions"),
+        ({"version": 7}, "version 7; this regimewrap reads versions 1 and 2"),
+        ({"updates": 3}, "the state is damaged: 3 updates make 3 decisions"),
         ({"sites": None}, "another model: it gates None"),
     ]:
         checkpoint["callbacks"]["RegimeCallback"] = {**state, **change}
@@ -295,9 +303,37 @@ def test_a_module_that_builds_itself_in_configure_model_wraps_there():
         trainer_with(RegimeCallback()).fit(Forgets())
 
 
+def test_a_presets_name_is_scaled_to_the_trainers_run():
+    for settings, updates in (({}, 8), ({"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": 2}, 15)):
+        callback = RegimeCallback("sawtooth")
+        trainer_with(callback, **settings).fit(Module())
+        assert callback.cycler.total_steps == callback.cycler.updates == updates
+        assert callback.cycler.policy == RegimePolicy.preset("sawtooth", total_steps=updates).cycle
+
+
+def test_a_resume_into_a_longer_run_is_refused_with_both_sides(tmp_path: Path):
+    trainer = trainer_with(RegimeCallback("sawtooth"), folder=tmp_path)
+    trainer.fit(Module())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    with pytest.raises(StateError, match="a run of 8 updates; this cycler is made for 12"):
+        trainer_with(RegimeCallback("sawtooth"), max_steps=12).fit(Module(), ckpt_path=tmp_path / "saved.ckpt")
+    trainer_with(RegimeCallback("sawtooth")).validate(_Validated(), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+
+
+def test_the_default_goes_on_in_a_longer_run(tmp_path: Path):
+    trainer = trainer_with(RegimeCallback(), folder=tmp_path)
+    trainer.fit(Module())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    callback = RegimeCallback()
+    trainer_with(callback, max_steps=12).fit(Module(), ckpt_path=tmp_path / "saved.ckpt")
+    assert callback.cycler.updates == 12
+
+
 def test_what_is_wrong_is_said(tmp_path: Path):
-    with pytest.raises(PolicyError, match="policy must be a RegimePolicy; got str"):
-        RegimeCallback("loss-reset")  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match=r"got 'los-reset'\. Did you mean 'loss-reset'"):
+        RegimeCallback("los-reset")
+    with pytest.raises(PolicyError, match="policy must be a RegimePolicy, a preset's name"):
+        RegimeCallback(3)  # type: ignore[arg-type]
     with pytest.raises(WrapError, match=r"no cycler before trainer\.fit"):
         _ = RegimeCallback().cycler
     module = Module()

@@ -81,7 +81,8 @@ def test_evaluation_leaves_the_cycler_alone():
 
 
 def test_it_knows_the_accuracy_also_of_mixed_targets():
-    task = _task(regimewrap.RegimePolicy.preset("accuracy-reset").replace(cycle={"every": 3, "monitor": "accuracy"}))
+    policy = regimewrap.RegimePolicy.preset("accuracy-reset", total_steps=100).replace(cycle={"every": 3})
+    task = _task(policy)
     x, hard = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
     soft = nn.functional.one_hot(hard, 3).float() * 0.9 + 0.1 / 3
     for target in (hard, soft):
@@ -96,6 +97,13 @@ def test_a_policy_that_watches_something_else_is_refused():
     policy = POLICY.replace(cycle=POLICY.cycle.replace(monitor="top5"))
     with pytest.raises(PolicyError, match="RegimeTask knows loss and accuracy; the policy monitors 'top5'"):
         _task(policy)
+
+
+def test_a_presets_name_is_scaled_to_the_run():
+    assert _task("loss-reset", total_steps=100).cycler.policy == POLICY.cycle
+    with pytest.raises(PolicyError, match="pass total_steps=N"):
+        _task("loss-reset")
+    assert _task(None).cycler.policy.strategy.kind == "spread"
 
 
 def test_a_wrapped_model_keeps_its_policy():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_suffix_decides_the_format(tmp_path: Path):
 
 def test_what_a_file_leaves_out_has_its_default(tmp_path: Path):
     path = tmp_path / "policy.yaml"
-    path.write_text("\ufeffcycle: {strategy: {kind: ema-reset, floor: 1e-3}}\n", encoding="utf-8")
+    path.write_text("\ufeffcycle: {strategy: {kind: spread, floor: 5e-2}}\n", encoding="utf-8")
 
     assert RegimePolicy.from_file(path) == RegimePolicy()
 
@@ -127,6 +128,64 @@ def test_a_json_file_that_is_no_policy_is_refused_on_one_line_that_names_it(tmp_
 
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "policy.yaml",
+            "cycle: {every: 64}\nsites: {}\ncycle: {smoothing: 0.5}\n",
+            "line 3, column 1: 'cycle' stands twice",
+        ),
+        ("policy.yaml", "cycle: {every: 64, every: 32}", "'every' stands twice in one mapping: merge the two"),
+        ("policy.json", '{"cycle": {"every": 64, "every": 32}}', "'every' stands twice in one mapping: merge the two"),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused_instead_of_dropped(tmp_path: Path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+
+    with pytest.raises(PolicyError, match=message):
+        RegimePolicy.from_file(tmp_path / name)
+
+
+def test_an_alias_bomb_is_refused_at_once():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    started = time.perf_counter()
+
+    with pytest.raises(PolicyError, match="a0 is not a setting"):
+        RegimePolicy.from_yaml("\n".join(lines))
+
+    assert time.perf_counter() - started < 2
+
+
+def test_a_bare_star_is_answered_with_quotes():
+    with pytest.raises(PolicyError, match=r'Quote a pattern: "\*"'):
+        RegimePolicy.from_yaml("sites: {include: [*]}")
+
+
+def test_a_policy_of_version_1_is_read_as_it_was_meant_and_said_so():
+    old = "schema_version: 1\ngate: {scope: position}\ncycle: {every: 64, strategy: {kind: sawtooth}}\n"
+
+    with pytest.warns(UserWarning, match="schema_version 1 and is read as it was meant then"):
+        policy = RegimePolicy.from_yaml(old)
+
+    assert policy.cycle == CyclePolicy(strategy=Sawtooth(), every=64, full_share=0, guarded=False)
+    assert (policy.schema_version, policy.gate.scope) == (2, "position")
+    assert RegimePolicy.from_yaml(policy.to_yaml()) == policy
+
+
+def test_a_policy_of_version_1_without_a_cycle_meant_loss_reset_as_it_was():
+    with pytest.warns(UserWarning, match="schema_version 1"):
+        policy = RegimePolicy.from_json('{"schema_version": 1}')
+
+    assert policy.cycle == CyclePolicy(strategy=EmaReset(), full_share=0, guarded=False)
+
+
+def test_a_policy_of_version_1_with_a_setting_of_version_2_is_refused():
+    with pytest.raises(PolicyError, match=r"cycle.full_share is a setting of schema_version 2"):
+        RegimePolicy.from_yaml("{schema_version: 1, cycle: {full_share: 0.5}}")
 
 
 def test_each_problem_of_a_file_names_the_file(tmp_path: Path):

@@ -9,7 +9,7 @@ from regimewrap.errors import PolicyError, RegimewrapError
 from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy, require_ratio
 from regimewrap.policy.strategies import EmaReset
 
-KINDS = "constant, dense, ema-relax, ema-reset, plateau-reset, sawtooth"
+KINDS = "constant, dense, ema-relax, ema-reset, plateau-reset, sawtooth, spread"
 
 MISTAKES = [
     ({"gat": {}}, "gat is not a setting; got {}. Did you mean 'gate'? Settings: schema_version, gate, sites, cycle."),
@@ -60,7 +60,11 @@ MISTAKES = [
     ({"sites": {"multipliers": {"stem": -1}}}, "sites.multipliers.stem must be a number > 0; got -1."),
     ({"sites": {"multipliers": {"": 1}}}, "sites.multipliers.[key] must be non-empty text; got ''."),
     ({"sites": 3}, "sites must be a mapping of settings (include, exclude, kinds, min_units, multipliers); got 3."),
-    ({"schema_version": 2}, "schema_version: expected 1, the only version that this regimewrap reads; got 2."),
+    ({"schema_version": 3}, "schema_version: expected 2, or 1, which is migrated; got 3."),
+    ({"cycle": {"full_share": 1}}, "cycle.full_share must be a fraction in [0, 1); got 1."),
+    ({"cycle": {"full_share": -0.1}}, "cycle.full_share must be a fraction in [0, 1); got -0.1."),
+    ({"cycle": {"scaled_to": 0}}, "cycle.scaled_to must be null, 'run' or a whole number ≥ 1; got 0."),
+    ({"cycle": {"scaled_to": "Run"}}, "cycle.scaled_to must be null, 'run' or a whole number ≥ 1; got 'Run'."),
 ]
 
 

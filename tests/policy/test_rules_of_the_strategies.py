@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regimewrap.errors import PolicyError
-from regimewrap.policy.strategies import EmaRelax, EmaReset, Move, PlateauReset, Sawtooth, Situation, Strategy
+from regimewrap.policy.strategies import EmaRelax, EmaReset, Move, PlateauReset, Sawtooth, Situation, Spread, Strategy
+
+SPREAD = ["0x1.418cf08e1431bp-3", "0x1.f8db6b2af463bp-2", "0x1.a7a3c7706f101p-5"]
 
 
 def now(**known: Any) -> Situation:
@@ -101,14 +103,64 @@ def test_plateau_reset_resets_at_the_floor():
     assert PlateauReset(floor=0.2).next_move(now(keep_ratio=0.2)) == Move(1.0, "reset")
 
 
+def test_spread_is_log_uniform_at_every_update_and_at_every_second_one():
+    rule, floor = Spread(floor=0.05), 0.05
+    for step in (1, 2):
+        for begin in (0, 7, 10**6):
+            places = sorted(math.log(rule.ratio(begin + step * n)) / math.log(floor) for n in range(64))
+            gap = max(abs(place - (n + 0.5) / 64) for n, place in enumerate(places))
+
+            assert gap < 0.05  # 64 random draws: 0.1
+
+
+def test_spread_begins_at_the_full_budget_and_stays_in_its_range():
+    ratios = [Spread(floor=0.05).ratio(update) for update in range(20_000)]
+
+    assert ratios[0] == 1.0
+    assert min(ratios) >= 0.05
+    assert min(ratios) < 0.0501
+    assert sum(ratio > 0.95 for ratio in ratios) > 200
+
+
+def test_spread_is_the_power_that_it_says_to_a_millionth():
+    for floor in (0.05, 0.5, 1e-6):
+        for update in (1, 2, 3, 1000, 12_345_678, 2**63):
+            place = (update * 0x9E3779B97F4A7C15 % 2**64) / 2**64
+            assert Spread(floor=floor).ratio(update) == pytest.approx(floor**place, rel=2e-6)
+
+
+def test_spread_is_the_same_on_every_machine_bit_for_bit():
+    assert [Spread(floor=0.05).ratio(update).hex() for update in (1, 2, 1_000_000)] == SPREAD
+
+
+@settings(deadline=None)
+@given(floor=st.floats(0, 1, exclude_min=True), update=st.integers(0, 2**70))
+def test_spread_takes_any_floor_and_any_number_of_updates(floor, update):
+    assert floor <= Spread(floor=floor).ratio(update) <= 1
+
+
+@pytest.mark.parametrize("cls", [EmaReset, EmaRelax])
+def test_a_guarded_cycle_ends_at_its_floor_and_when_it_is_overdue(cls: type[EmaReset]):
+    strategy = cls(floor=0.2)
+
+    assert strategy.next_move(now(keep_ratio=0.2, guarded=True)) == Move(1.0, "reset")
+    assert strategy.next_move(now(keep_ratio=0.8, guarded=True, overdue=True)) == Move(1.0, "reset")
+    assert strategy.next_move(now(keep_ratio=0.2, overdue=True)) == Move(0.2, "hold")
+
+
+def test_plateau_reset_ends_an_overdue_cycle_and_waits_no_longer():
+    assert PlateauReset().next_move(now(keep_ratio=0.5, fall=9.0, guarded=True, overdue=True)) == Move(1.0, "reset")
+
+
 @pytest.mark.parametrize("cls", [EmaReset, EmaRelax])
 @settings(deadline=None)
 @given(decisions=st.integers(1, 2000))
-def test_rescaled_a_compression_to_a_tenth_and_the_cooldown_fill_the_cycle(cls: type[EmaReset], decisions: int):
-    strategy = cls().rescaled(decisions)
+def test_rescaled_a_compression_to_the_floor_and_the_cooldown_fill_the_cycle(cls: type[EmaReset], decisions: int):
+    for floor, end in ((0.001, 0.1), (0.05, 0.05), (0.2, 0.2)):
+        strategy = cls(floor=floor).rescaled(decisions)
 
-    assert strategy.cooldown <= decisions / 8
-    assert strategy.decay ** (decisions - strategy.cooldown) == pytest.approx(0.1)
+        assert strategy.cooldown <= decisions / 8
+        assert strategy.decay ** (decisions - strategy.cooldown) == pytest.approx(end, rel=1e-6)
 
 
 def test_rescaled_relaxing_undoes_as_many_compressions_as_before():

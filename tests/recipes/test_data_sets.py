@@ -98,5 +98,21 @@ def test_cifar10_without_a_network_says_so_and_what_to_do(monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
 
-    with pytest.raises(DataError, match=r"CIFAR-10 could not be downloaded .*Pass a folder or zip"):
+    with pytest.raises(DataError, match=r"CIFAR-10 could not be downloaded .*Put it there yourself"):
         load_data("cifar10")
+
+
+def test_another_name_is_met_with_the_nearest():
+    with pytest.raises(DataError, match=r"data must be one of digits, cifar10; got 'digit'\. Did you mean 'digits'"):
+        load_data("digit")
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(DataError, match=f"test_limit must be at least 1; got {limit}"):
+        load_data("digits", test_limit=limit)
+
+
+def test_a_limit_that_would_lose_a_class_is_refused():
+    with pytest.raises(DataError, match="limit must be at least 10, so that each class is seen; got 5"):
+        load_data("digits", limit=5)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from regimewrap.errors import RegimewrapError
 from regimewrap.policy.policy import RegimePolicy
 from regimewrap.recipes.data import load_data
-from regimewrap.recipes.training import Status, TrainSettings, train_run
+from regimewrap.recipes.training import TrainSettings, train_run
 from regimewrap.recipes.workers import Job, Work, default_workers, train_jobs
 from regimewrap.report.results import Run
 
@@ -24,9 +26,8 @@ def timeless(run: Run) -> Run:
 
 
 def test_runs_made_at_once_equal_runs_made_here_one_by_one():
-    reports = list(train_jobs(JOBS, WORK, 2))
+    found = {job.seed: timeless(run) for job, run in train_jobs(JOBS, WORK, 2)}
 
-    found = {job.seed: timeless(message) for job, message in reports if isinstance(message, Run)}
     data = load_data("digits", limit=40)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,7 +36,6 @@ def test_runs_made_at_once_equal_runs_made_here_one_by_one():
     finally:
         torch.set_num_threads(threads)
     assert found == here
-    assert isinstance(reports[0][1], Status)
     assert multiprocessing.active_children() == []
 
 
@@ -48,12 +48,28 @@ def test_what_is_wrong_with_a_run_is_said_with_its_name():
 
 
 def test_a_process_that_dies_is_an_error_and_not_a_wait():
-    reports = train_jobs(JOBS, replace(WORK, settings=replace(WORK.settings, epochs=10_000)), 1)
-    next(reports)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    work = replace(WORK, settings=replace(WORK.settings, epochs=10_000))
 
-    with pytest.raises(RegimewrapError, match="the process that trained it died"):
-        list(reports)
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.05)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RegimewrapError, match="a process that trained died"):
+        list(train_jobs(JOBS, work, 2))
+    killer.join()
+    assert multiprocessing.active_children() == []
+
+
+def test_who_stops_listening_ends_the_runs():
+    jobs = [Job("long", JOBS[0].policy, seed=0), Job("short", JOBS[0].policy, seed=1)]
+    reports = train_jobs(jobs, WORK, 2)
+    next(reports)
+
+    reports.close()
+
     assert multiprocessing.active_children() == []
 
 

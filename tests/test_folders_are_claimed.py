@@ -3,12 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from regimewrap.errors import DataError
-from regimewrap.recipes.outputs import claimed_folder, save_weights
-from regimewrap.wrap import wrap
+from regimewrap.files import claimed_folder
 
 
 def test_a_folder_that_was_made_and_used_stays(tmp_path):
@@ -46,19 +43,3 @@ def test_a_folder_that_takes_no_files_is_refused():
         claimed_folder(Path("/proc/nowhere")),
     ):
         pytest.fail("entered")
-
-
-def test_weights_load_into_a_model_that_was_never_wrapped(tmp_path):
-    model = wrap(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
-
-    save_weights(model, tmp_path / "model.pt")
-
-    bare = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    bare.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
-    assert torch.equal(bare[0].weight, model[0].weight)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_weights_that_cannot_be_written_are_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"cannot write .*model\.pt"):
-        save_weights(nn.Linear(1, 1), tmp_path / "nowhere" / "model.pt")

@@ -1,0 +1,171 @@
+"""What must not happen in silence: a gate that never cuts, a floor that is never left, a cycler that drives nothing.
+
+The gate counts its own calls when asked to; here it is decided when to ask. No rule and no signal is known here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from regimewrap import torch_private
+from regimewrap.errors import WrapError
+from regimewrap.policy.strategies import Dense
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from regimewrap.cycle.cycler import RegimeCycler
+    from regimewrap.gate.gate import TopKGate
+    from regimewrap.policy.policy import CyclePolicy
+
+#: Updates after which a gate that has not cut anything is reported, where no length of the run is known.
+PATIENCE = 1000
+#: Updates in a row that train the model past its gate before ``step`` refuses.
+DOUBTS = 8
+
+
+class Alarms:
+    """Looks into the gate at a few updates, increasingly rare ones once it is seen to cut.
+
+    Attributes:
+        bound: the share of the gate's calls that cut something when last looked at; ``None`` before.
+    """
+
+    def __init__(self) -> None:
+        self.bound: float | None = None
+        self._looking = False
+        self._next = 1  # the update after which to look again
+        self._lowest = 2.0  # the smallest ratio that was looked at
+        self._below = False  # whether the ratio has ever been below 1
+        self._passed = False  # whether a forward pass has ever reached the gate
+        self._has_cut = False
+        self._missed, self._weights = 0, 0
+        self._told: set[str] = set()
+
+    def before(self, gate: TopKGate, updates: int) -> None:
+        """Take in what the gate counted since ``after``.
+
+        Raises:
+            WrapError: the model trains, and its forward passes do not reach the gate.
+        """
+        if not self._looking:
+            return
+        self._looking = False
+        sample = gate.take_sample()
+        if sample.calls:
+            self._passed, self._missed, self.bound = True, 0, sample.bound
+            self._has_cut = self._has_cut or sample.bound > 0
+            self._lowest = min(self._lowest, float(gate.keep_ratio))
+            self._next = updates + min(updates, PATIENCE)
+            return
+        weights = _versions(gate)
+        trained, self._weights = weights != self._weights, weights
+        # A CUDA graph replays what passed once, and is not seen. Nor is a loop that only counts.
+        if not trained or (self._passed and any(each.device.type != "cpu" for each in _parameters(gate))):
+            self._missed = 0
+            return
+        self._missed += 1
+        if self._missed > DOUBTS:
+            self._missed = 0
+            raise WrapError(
+                f"this RegimeCycler drives nothing: in {DOUBTS} updates in a row the model's weights changed, and no "
+                "forward pass in train mode reached its gate. Another tool has dropped the gate (as torch.fx's "
+                "prepare_qat_fx does), or the model trains in eval mode, or through a copy. Wrap the model that "
+                "trains, after such tools, and make a new RegimeCycler of it."
+            )
+
+    def after(self, gate: TopKGate, updates: int, keep_ratio: float) -> None:
+        """Ask the gate to count in the next forward passes, if it is time to look."""
+        self._below = self._below or keep_ratio < 1
+        lower = not self._has_cut and keep_ratio < 0.8 * self._lowest
+        if keep_ratio < 1 and (updates >= self._next or lower or self._missed) and gate.sites:
+            if gate.policy.gate.eval_keep_ratio == "current":  # such a model may train in eval mode
+                return
+            if not self._missed:
+                self._weights = _versions(gate)
+            self._looking = True
+            gate.sample_next()
+
+    def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
+        """Return what to say, once, if no gate has cut anything in a tenth of the run."""
+        deadline = policy.warmup + (PATIENCE if total_steps is None else max(1, total_steps // 10))
+        if updates != deadline or self._has_cut or isinstance(policy.strategy, Dense) or not gate.sites:
+            return None
+        if self._below and not self._passed:  # a loop that only counts
+            return None
+        lowest = f"is {float(gate.keep_ratio):.3g}" if self._below else "was never below 1"
+        return (
+            f"no gate has cut anything in {updates} updates: the keep ratio {lowest}, and a gate binds only below the "
+            "share of units that are active, about one half after a ReLU. If the policy's numbers belong to a longer "
+            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N); the preset mixed binds from the start.'
+        )
+
+    def stuck(self, floor: float | None, keep_ratio: float, held: int, way_down: int) -> str | None:
+        """Return what to say, once, when a cycle has been at its floor for longer than it took to get there.
+
+        Args:
+            floor: the smallest ratio of the rule; ``None`` if it has none.
+            keep_ratio: in force.
+            held: updates for which it has been.
+            way_down: updates from the begin of the cycle to there.
+        """
+        if floor is None or keep_ratio > floor or held <= max(way_down, 1) or "floor" in self._told:
+            return None
+        self._told.add("floor")
+        return (
+            f"the keep ratio has been at its floor, {keep_ratio:g}, for {held} updates, longer than the {way_down} "
+            "that it took to get there: the signal never falls behind its best, and nothing resets. Set "
+            "cycle.guarded=True, or take a preset that needs no signal (mixed, sawtooth)."
+        )
+
+    def too_long(self, updates: int, scaled_to: object) -> str | None:
+        """Return what to say, once, when a run goes on beyond the length that its cycle is scaled to."""
+        if not isinstance(scaled_to, int) or updates != scaled_to + 1:
+            return None
+        return (
+            f"the run goes on after the {scaled_to} updates that its cycle is scaled to. total_steps counts the "
+            "optimizer updates of the whole run: epochs × updates an epoch, not epochs."
+        )
+
+
+def other_driver(cycler: RegimeCycler, gate: TopKGate) -> RegimeCycler | None:
+    """Return the cycler that drives a gate, if it is another one and still there."""
+    driver: RegimeCycler | None = gate.driver() if gate.driver is not None else None
+    if driver is None or driver is cycler or all(gate is not driven for driven in driver._gates):
+        return None
+    return driver
+
+
+def still_driven(cycler: RegimeCycler, gates: list[TopKGate]) -> list[TopKGate]:
+    """Return those of a cycler's gates that are still in a model; take over those whose cycler is gone.
+
+    Raises:
+        WrapError: the model was unwrapped, or a newer cycler drives it.
+    """
+    for gate in gates:
+        other = other_driver(cycler, gate)
+        if other is not None:
+            raise WrapError(
+                f"this RegimeCycler no longer drives its model: a newer one, {other!r}, has taken over. Step that one, "
+                "and make one cycler a model."
+            )
+        if gate.driver is None or gate.driver() is not cycler:
+            gate.driver = weakref.ref(cycler)
+    if gates[0].released:
+        raise WrapError(
+            "this RegimeCycler drives nothing: its model was unwrapped. If it is wrapped again, make a new "
+            "RegimeCycler(model); a saved state goes on in that with load_state_dict."
+        )
+    return [gate for gate in gates if not gate.released] if any(gate.released for gate in gates) else gates
+
+
+def _versions(gate: TopKGate) -> int:
+    return sum(torch_private.version_of(each) for each in _parameters(gate))
+
+
+def _parameters(gate: TopKGate) -> Iterator[Tensor]:
+    root = gate._root() if gate._root is not None else None
+    return iter(()) if root is None else root.parameters()

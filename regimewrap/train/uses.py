@@ -1,0 +1,135 @@
+"""What a saved model is good for: classes of pictures, accuracy at any budget, a file for another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from regimewrap import at_keep_ratio, calibrate
+from regimewrap import sweep as sweep_model
+from regimewrap.errors import DataError, MissingExtraError, RegimewrapError
+from regimewrap.files import write_whole
+from regimewrap.train.pictures import batches, find_pictures, fixed_order, list_pictures, open_picture, plain_transform
+from regimewrap.train.run import evaluate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from regimewrap import Sweep
+    from regimewrap.train.pictures import Sample
+    from regimewrap.train.saved import Trained
+
+_BATCH = 64
+_TO_CALIBRATE = 256  # pictures
+
+
+def predict(
+    trained: Trained, pictures: Iterable[Path], keep_ratio: float, top: int = 1
+) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+    """Yield each picture with its likeliest classes and their probabilities, 0..1.
+
+    Args:
+        trained: from ``saved.load``.
+        pictures: files.
+        keep_ratio: the budget, in (0, 1].
+        top: how many classes.
+
+    Raises:
+        DataError: a picture is damaged or missing.
+        PolicyError: the ratio is outside (0, 1].
+    """
+    device = next(trained.model.parameters()).device
+    for path in pictures:
+        x = trained.prepare(open_picture(path)).unsqueeze(0).to(device)
+        with torch.no_grad(), at_keep_ratio(trained.model, keep_ratio):
+            shares = trained.model(x).float().softmax(1)[0]
+        best = shares.topk(min(top, len(trained.classes)))
+        yield path, [(trained.classes[n], p) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def sweep(trained: Trained, keep_ratios: Sequence[float], data: Path | None = None, workers: int = 0) -> Sweep:
+    """Return the accuracy at each keep ratio.
+
+    Args:
+        trained: from ``saved.load``.
+        keep_ratios: fractions in (0, 1].
+        data: a folder as for training, of which the validation pictures count, or with a folder for each class, all of
+            which count; by default the validation pictures of the training.
+        workers: processes that read pictures.
+
+    Raises:
+        DataError: there are no pictures, or one of a class that the model does not know.
+    """
+    samples = _samples(trained, data, training=False)
+    return sweep_model(trained.model, lambda model: evaluate(model, _feed(trained, samples, workers))[1], keep_ratios)
+
+
+def export_onnx(trained: Trained, path: Path, keep_ratio: float = 1.0, data: Path | None = None) -> None:
+    """Write the model at one budget as ONNX: input (n, 3, height, width), output (n, classes), any n.
+
+    Below the full budget a fixed threshold at each site stands in for the selection (see ``calibrate``), found on
+    training pictures.
+
+    Args:
+        trained: from ``saved.load``.
+        path: of the file.
+        keep_ratio: the budget, in (0, 1].
+        data: the folder of pictures; by default that of the training.
+
+    Raises:
+        MissingExtraError: onnx or onnxscript is missing.
+        DataError: there are no pictures, or the file cannot be written.
+        RegimewrapError: torch cannot export the model.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "onnx") from None
+    model, size = trained.model, trained.look["input_size"]
+    if keep_ratio != 1.0:
+        samples = _samples(trained, data, training=True)
+        samples = samples[:: max(1, len(samples) // _TO_CALIBRATE)][:_TO_CALIBRATE]
+        calibration = calibrate(model, [x for x, _ in _feed(trained, samples)], keep_ratios=(keep_ratio,))
+        calibration.apply(model, keep_ratio)
+    x = torch.zeros(2, *size, device=next(model.parameters()).device)
+    try:
+        program = torch.onnx.export(
+            model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
+        )
+    except Exception as error:  # the exporter raises many kinds
+        raise RegimewrapError(f"torch cannot export {trained.about['model']} to ONNX: {error!r:.300}") from error
+    assert program is not None  # noqa: S101 - it is for exports to files
+    made = program.model_proto
+    facts = {"classes": "\n".join(trained.classes), "keep_ratio": f"{keep_ratio:g}"}
+    onnx.helper.set_model_props(made, {**facts, **{name: str(value) for name, value in trained.look.items()}})
+    write_whole(path, made.SerializeToString())
+
+
+def _samples(trained: Trained, data: Path | None, *, training: bool) -> list[Sample]:
+    folder = Path(trained.about["data"]) if data is None else data
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; pass the folder of pictures.")
+    whole = (folder / "train").is_dir() or folder.resolve() == Path(trained.about["data"]).resolve()
+    if whole:
+        pictures = find_pictures(folder)
+        part = pictures.train if training else pictures.val
+        named = [(path, pictures.classes[label]) for path, label in part]
+    else:
+        named = list_pictures(folder)
+    numbers = {name: number for number, name in enumerate(trained.classes)}
+    if unknown := sorted({name for _, name in named} - numbers.keys()):
+        raise DataError(
+            f"{folder} has class {unknown[0]}, which the model does not know; it knows {', '.join(numbers)}."
+        )
+    return [(path, numbers[name]) for path, name in named]
+
+
+def _feed(trained: Trained, samples: Sequence[Sample], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(trained.model.parameters()).device
+    order = fixed_order(len(samples), _BATCH)
+    return batches(samples, plain_transform(trained.look), order, workers=workers, device=device)
