@@ -19,8 +19,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums over several threads round differently
 
-from cells import ARMS, CELLS, TASKS, Cell
-from table import PAGE, into_page, tables
+from harm_cells import ARMS, CELLS, TASKS, Cell
+from harm_tables import PAGE, into_page, tables
 
 from regimewrap.files import write_whole
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from data import curve, rows, split
+from small_data import curve, rows, split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trial import Trial, accuracy, minibatches

@@ -6,7 +6,7 @@ import contextlib
 from functools import partial
 
 import torch
-from data import digits, mislabelled, mnist1d, shifted, split
+from small_data import digits, mislabelled, mnist1d, shifted, split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trial import Trial, accuracy, minibatches

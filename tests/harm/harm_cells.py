@@ -6,25 +6,26 @@ import ast
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import data
-import images
-import tables
-import text
+import image_tasks
+import small_data
+import table_tasks
+import text_tasks
 import torch
 import trial
-import views
+import view_tasks
 from torch import nn
 
 import regimewrap
 
 HOME = Path(__file__).parent
 CELLS = HOME / "cells"
-TASKS = {**images.TASKS, **tables.TASKS, **views.TASKS, **text.TASKS}
+TASKS = {**image_tasks.TASKS, **table_tasks.TASKS, **view_tasks.TASKS, **text_tasks.TASKS}
 ARMS = ("dense", "mixed", "sawtooth", "loss-reset", "accuracy-reset", "accuracy-relax")
 
 
@@ -45,7 +46,7 @@ class Cell:
     def name(self) -> str:
         """Words to read, then a hash of the task's code and settings, of the seed, and of what the rule does."""
         known = json.dumps([self.task, self.seed, _task(self.task), _rule(self.arm, self.changes)])
-        words = "".join(c if c.isalnum() else "-" for c in f"{self.task}-{self.arm}-{self.seed}".lower())
+        words = "-".join(re.findall(r"[a-z0-9]+", f"{self.task} {self.arm} {self.seed}".lower()))
         return f"{words}-{hashlib.sha256(known.encode()).hexdigest()[:10]}.json"
 
     def run(self) -> dict[str, Any]:
@@ -57,15 +58,15 @@ class Cell:
 
 @cache
 def _task(task: str) -> list[Any]:
-    """Return the code that a task runs, without comments and without the list of tasks, and the task's settings."""
+    """Return the code that a task runs, without comments, imports and the list of tasks, and the task's settings."""
     build = TASKS[task]
     settings: dict[str, Any] = {}
     while isinstance(build, partial):
         settings, build = {**build.keywords, **settings}, build.func
     code = []
-    for path in (trial.__file__, data.__file__, HOME / f"{build.__module__}.py"):
+    for path in (trial.__file__, small_data.__file__, HOME / f"{build.__module__}.py"):
         module = ast.parse(Path(path).read_text(encoding="utf-8"))
-        body = [node for node in module.body if not isinstance(node, ast.Assign)]
+        body = [node for node in module.body if not isinstance(node, ast.Assign | ast.Import | ast.ImportFrom)]
         code.append(hashlib.sha256("".join(map(ast.dump, body)).encode()).hexdigest())
     return [build.__name__, settings, code]
 

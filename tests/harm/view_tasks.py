@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from data import digits, shifted, split, tiles
+from small_data import digits, shifted, split, tiles
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trial import Trial, minibatches
