@@ -10,6 +10,7 @@
     │   ├── AlreadyWrappedError          wrap was called twice
     │   ├── NotWrappedError              a wrapped model was needed
     │   └── UnreachableSiteError         the policy selects an activation that no mechanism can gate soundly
+    ├── BudgetError (RuntimeError)       a forward pass would be repeated for backward at another budget
     ├── SignalError (ValueError)         what was passed to RegimeCycler.step cannot steer it
     ├── StateError (ValueError)          a saved state that belongs to something else, or is damaged
     ├── SyncError (RuntimeError)         ranks disagree or do not answer
@@ -53,6 +54,16 @@ class NotWrappedError(WrapError):
 
 class UnreachableSiteError(WrapError):
     """The policy selects an activation that no mechanism can gate soundly."""
+
+
+class BudgetError(RegimewrapError, RuntimeError):
+    """Activation checkpointing would repeat a forward pass at another budget than it ran at."""
+
+    def __init__(self, then: str, now: str) -> None:
+        super().__init__(
+            f"a forward pass at {then} would be repeated for this backward pass at {now}, which gives wrong gradients. "
+            "Call backward() inside the at_keep_ratio block, and RegimeCycler.step or set_keep_ratio after backward()."
+        )
 
 
 class SignalError(RegimewrapError, ValueError):

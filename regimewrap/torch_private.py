@@ -55,15 +55,32 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
-def is_forward_gradient_enabled() -> bool:
-    """Say whether forward-mode derivatives are computed."""
-    return torch._C._is_fwd_grad_enabled()
-
-
 def has_saved_tensor_hooks() -> bool:
     """Say whether something packs what autograd saves, as activation checkpointing does."""
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
+
+
+def functions_so_far() -> int:
+    """Return how many functions autograd has recorded in this thread: the number of the next one."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def recomputing_function() -> int | None:
+    """Return the number of the Python function whose backward is running in this thread; ``None`` if none is.
+
+    ``None`` also while saved tensors are recomputed one by one, as the checkpoints that are not reentrant do: any
+    function of the forward pass can be the first to ask for them.
+    """
+    node: Any = torch._C._current_autograd_node()
+    if not isinstance(node, torch.autograd.function.FunctionCtx):
+        return None
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook"):
+        return None
+    number: int = node._sequence_nr()  # type: ignore[attr-defined]
+    return number
 
 
 def is_compiled_module(model: object) -> bool:

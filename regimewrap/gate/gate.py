@@ -2,7 +2,7 @@
 
 ``TopKGate`` is a handle, not a module: it adds nothing to ``state_dict``, ``named_modules`` or ``parameters``, and it
 is found again through the model it belongs to. How it gets behind an activation is the business of ``rewrite``; which
-units survive is the business of ``topk``.
+units survive is the business of ``topk``. This file is the door of the room: what other rooms use is named here.
 """
 
 from __future__ import annotations
@@ -12,68 +12,39 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regimewrap import torch_private
-from regimewrap.errors import NotWrappedError, PolicyError, SelectionError, WrapError
-from regimewrap.gate import recompute
+from regimewrap.errors import PolicyError, SelectionError
+from regimewrap.gate.budget import Budget, Setting, at_keep_ratio
 from regimewrap.gate.compiled import notice_hooks
+from regimewrap.gate.find import find_gate, gate_of, whole_of
 from regimewrap.gate.network import NetworkThreshold
+from regimewrap.gate.site import GATE_ATTRIBUTE, SITES_ATTRIBUTE, Observer, Recorder, Site, SiteGate
+from regimewrap.gate.told import Told
 from regimewrap.policy.policy import PolicyLike, RegimePolicy, require_ratio
+from regimewrap.topk import sampling
 from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.sampling import GateSample
 
-#: The attribute of a wrapped model's ``__dict__`` that holds its gate.
-GATE_ATTRIBUTE = "_regimewrap"
-#: The attribute of a module with rewritten methods that holds the site gates which these call.
-SITES_ATTRIBUTE = "_regimewrap_sites"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where an activation's output is gated.
-
-    ``name`` is the dotted name of an activation module, or of a module followed by the method and the function called
-    in it. ``kind`` is the family of the activation, ``multiplier`` scales the shared keep ratio here, ``channel_dim``
-    is the dimension that position scope selects over (``None``: the last, if there are three dimensions at most).
-    """
-
-    name: str
-    kind: str
-    multiplier: float = 1.0
-    channel_dim: int | None = None
-
-
-#: Called at each gated site with the site, the activation's output, and what the gate made of it.
-Observer = Callable[[Site, Tensor, Tensor], None]
-#: Called with the same while thresholds are being found; returns the one to cut at instead of selecting.
-Recorder = Callable[[Site, Tensor, Tensor], float]
-
-
-class _Setting(NamedTuple):
-    """What a forward pass depends on besides its input."""
-
-    keep_ratio: Tensor
-    forced: bool
-    watched: bool
-    thresholds: Mapping[str, float] | None
-    network: NetworkThreshold | None
-
-    def lasting(self) -> _Setting:
-        """Return it with copies of what is changed in place."""
-        keep_ratio = self.keep_ratio.clone()
-        network = self.network.frozen(keep_ratio) if self.network is not None else None
-        return self._replace(keep_ratio=keep_ratio, network=network)
-
-
-class GateSample(NamedTuple):
-    """What a gate did in some forward passes: calls at a ratio below 1, and the share of them that cut something."""
-
-    calls: int
-    bound: float
+__all__ = [
+    "GATE_ATTRIBUTE",
+    "SITES_ATTRIBUTE",
+    "GateSample",
+    "Observer",
+    "Recorder",
+    "Site",
+    "SiteGate",
+    "TopKGate",
+    "at_keep_ratio",
+    "find_gate",
+    "gate_of",
+    "whole_of",
+]
 
 
 class TopKGate:
@@ -83,36 +54,37 @@ class TopKGate:
         policy: the ``RegimePolicy`` the model was wrapped with.
         keep_ratio: 0-d float64 tensor on the CPU, in (0, 1]. It stays on the host on purpose: reading it never waits
             for a device, and a compiled graph takes it as an input instead of baking it in. Change it with
-            ``set_keep_ratio``. A backward pass keeps to the ratio of its forward pass, also where activation
-            checkpointing computes that again; only a checkpoint around compiled code cannot know it, so there change
-            the ratio between a backward pass and the next forward pass, as the cycler does.
-            A CUDA graph that somebody records by hand keeps the ratio it was recorded at; changing it then warns.
+            ``set_budget`` or ``set_keep_ratio``, after a backward pass and before the next forward pass. A backward
+            pass keeps to the ratio of its forward pass; where activation checkpointing has to compute that again,
+            another ratio raises ``BudgetError`` (see ``at_keep_ratio`` for what cannot be seen).
+            A CUDA graph that somebody records by hand keeps the budget it was recorded at; changing it then warns.
+        dense_rows: the share of each batch's rows that run at the full budget in train mode, and the number of updates
+            so far, which says which rows these are; float64 tensor of shape (2,) on the CPU. Change it with
+            ``set_budget``.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
         observers: called at each site of each forward pass; empty unless somebody watches.
+        released: whether ``unwrap`` took the gate off its model.
+        driver: the ``RegimeCycler`` that drives the gate, as a weak reference; ``None`` without one.
     """
 
     def __init__(self, policy: PolicyLike | None = None) -> None:
         self.policy = RegimePolicy.of(policy)
-        self.keep_ratio = torch.ones((), dtype=torch.float64, device="cpu")
+        self._budget = Budget(Setting(1.0))
+        self.keep_ratio, self.dense_rows = self._budget.keep_ratio, self._budget.dense_rows
         self.sites: tuple[Site, ...] = ()
         self.thresholds: dict[str, float] | None = None
         self.observers: list[Observer] = []
+        self.released = False
+        self.driver: weakref.ref[Any] | None = None
         self._root: weakref.ref[nn.Module] | None = None
         self._recorder: Recorder | None = None
-        # True inside at_keep_ratio: the ratio then holds in eval mode too.
-        self._forced = False
-        self._blocks = 0  # of at_keep_ratio, one inside the other
-        self._forced_in_backward = False
         # False while somebody only looks: what runs meanwhile is no part of a step.
         self._counts = True
-        # Somebody recorded a CUDA graph at the ratio as it is now.
+        # Somebody recorded a CUDA graph at the budget as it is now.
         self._in_cuda_graph = False
-        # The cycler puts these into force; see set_budget.
-        self.dense_rows = torch.zeros(2, dtype=torch.float64, device="cpu")
-        self.released = False  # set by unwrap
-        self.driver: weakref.ref[Any] | None = None  # the cycler that drives this gate
+        self._told = Told()
         rule = self.policy.gate
         self._rule: dict[str, Any] = {
             "scope": rule.scope,
@@ -134,46 +106,97 @@ class TopKGate:
         if rule.scope == "network":
             self.network = NetworkThreshold(self.keep_ratio, self._eval_ratio, rule.relative_to, rule.gradient)
 
+    def set_budget(self, keep_ratio: float, *, full_share: float = 0.0, update: int = 0) -> None:
+        """Set the budget of the next forward passes; a few microseconds.
+
+        Args:
+            keep_ratio: the share of units kept at every site; a fraction in (0, 1].
+            full_share: the share of rows (entries of a tensor's first dimension) that keep all their units in train
+                mode, the same rows at all sites; a fraction in [0, 1). In scopes "sample" and "position" the other
+                rows compete as ever; in scopes "batch" and "network" the dense ones take no part.
+            update: optimizer updates so far, which says which rows: of n rows
+                m = floor((update + 1) * n * full_share) - floor(update * n * full_share), the leading ones where
+                ``update`` is even, the trailing ones where it is odd. So an even batch at 0.5 has one half dense, and a
+                batch of one is dense in every other update.
+
+        Inside ``at_keep_ratio`` it holds from the end of the block on.
+
+        Raises:
+            PolicyError: a value is out of range or not a number; the budget is then as it was.
+
+        >>> gate = regimewrap.TopKGate()
+        >>> gate.set_budget(0.1, full_share=0.5, update=3)
+        >>> gate.keep_ratio, gate.dense_rows
+        (tensor(0.1000, dtype=torch.float64), tensor([0.5000, 3.0000], dtype=torch.float64))
+        """
+        ratio = require_ratio("keep_ratio", keep_ratio)
+        if isinstance(full_share, bool) or not isinstance(full_share, Real) or not 0.0 <= full_share < 1.0:
+            raise PolicyError(f"full_share must be a fraction in [0, 1); got {full_share!r}.")
+        if isinstance(update, bool) or not isinstance(update, int) or update < 0:
+            raise PolicyError(f"update must be a whole number of updates, 0 or more; got {update!r}.")
+        self._settle(Setting(ratio, float(full_share), update))
+
     def set_keep_ratio(self, keep_ratio: float) -> None:
-        """Set the share of units kept at every site.
+        """Set the share of units kept at every site, and leave the share of dense rows as it is.
 
         Args:
             keep_ratio: a fraction in (0, 1]; 1 makes the model bit for bit its dense self.
 
+        Inside ``at_keep_ratio`` it holds from the end of the block on.
+
         Raises:
             PolicyError: the ratio is outside (0, 1] or not a number.
+
+        >>> gate = regimewrap.TopKGate()
+        >>> gate.set_keep_ratio(0.1)
+        >>> float(gate.keep_ratio)
+        0.1
         """
-        ratio = require_ratio("keep_ratio", keep_ratio)
-        self._budget: float | None = None
-        if self._in_cuda_graph and ratio != self.keep_ratio:
+        self._settle(self._budget.settled._replace(keep_ratio=require_ratio("keep_ratio", keep_ratio)))
+
+    def _settle(self, setting: Setting) -> None:
+        if self._in_cuda_graph and setting != self._budget.settled:
             self._in_cuda_graph = False
             warnings.warn(  # first of all: where warnings are errors, nothing has changed
-                f"a CUDA graph was recorded at keep ratio {self.keep_ratio:g} and replays that, not {ratio:g}; "
-                "record it again after each change, or use torch.compile, which reads the ratio in every run.",
+                f"a CUDA graph was recorded at {self._budget.settled} and replays that, not {setting}; "
+                "record it again after each change, or use torch.compile, which reads the budget in every run.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self.keep_ratio.fill_(ratio)
+        self._budget.settle(setting)
+        self._aim()
+
+    def _aim(self) -> None:
         if self.network is not None:
             root = self._root() if self._root is not None else None
             self.network.aim({each.device for each in root.parameters()} if root is not None else ())
         notice_hooks()
 
-    def set_budget(self, keep_ratio: float, *, full_share: float = 0.0, update: int = 0) -> None:
-        """Set the ratio, the share of each batch at the full budget, and the update that says which rows these are."""
-        if getattr(self, "_budget", None) != keep_ratio:
-            self.set_keep_ratio(keep_ratio)
-        self._budget = keep_ratio
-        self.dense_rows[0], self.dense_rows[1] = full_share, update
+    @contextmanager
+    def forcing(self, keep_ratio: float) -> Iterator[None]:
+        """Let all rows run at a ratio; see ``at_keep_ratio``."""
+        with self._budget.forcing(keep_ratio):
+            self._aim()
+            yield
+        self._aim()
 
     def sample_next(self) -> None:
-        """Count the operator's calls in the next forward passes in train mode."""
-        self._calls = 0
+        """From now on note, in train mode and outside of ``at_keep_ratio``, which calls of the gate cut anything.
+
+        The operators do so themselves: compiled code and fused ReLUs are seen too. It costs two passes over each
+        activation until ``take_sample``, and nothing afterwards.
+        """
+        sampling.begin(self.keep_ratio)
 
     def take_sample(self) -> GateSample:
-        """Return what was counted since ``sample_next``."""
-        calls, self._calls = getattr(self, "_calls", 0), -1
-        return GateSample(calls + getattr(self, "_compiled", 0), 1.0)
+        """Return what was noted since ``sample_next``, and note no more; waits for the device.
+
+        >>> gate = regimewrap.TopKGate()
+        >>> gate.sample_next()
+        >>> gate.take_sample()
+        GateSample(calls=0, bound=0.0)
+        """
+        return sampling.end(self.keep_ratio)
 
     def set_thresholds(self, thresholds: Mapping[str, float] | None) -> None:
         """Cut at fixed thresholds instead of selecting, in train and eval mode and whatever the keep ratio.
@@ -199,25 +222,25 @@ class TopKGate:
         Args:
             training: the mode of the module that owns the site.
         """
-        now = self._in_force()
-        if now.watched or now.thresholds or torch.compiler.is_compiling():
+        if self.observers or self._recorder is not None or self._fixed() or torch.compiler.is_compiling():
             return True
-        return float(self._ratio(training, now)) < 1.0
+        return float(self._ratio(training)) < 1.0
 
     def __call__(self, x: Tensor, site: Site, training: bool) -> Tensor:
         """Gate one activation's output.
 
         Args:
-            x: floating point, any shape; the first dimension counts samples.
+            x: floating point, any shape; the first dimension counts samples. Anything else is returned as it is, with
+                one warning a site.
             site: where we are.
             training: the mode of the module that owns the site.
 
         Returns:
             Shape, dtype, device and memory format of ``x``.
         """
-        if not isinstance(x, Tensor):
-            raise SelectionError(f"{site.name}: an activation returns a tensor; got {type(x).__name__}.")
-        y = self._select(x, site, training, self._in_force())
+        if not self._told.is_ranked(x, site):
+            return x
+        y = self._select(x, site, training)
         if self._recorder is not None:
             y = self._cut(x, self._recorder(site, x, y))
         for observe in self.observers:
@@ -227,37 +250,51 @@ class TopKGate:
     def relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
         """Return the gated ``function(x)``, a ReLU that makes a new tensor; arguments as for ``__call__``.
 
-        The two are one operation, which saves for backward what the ReLU alone would, unless somebody watches, or the
-        gradient or a fixed threshold asks for another.
+        The two are one operation, which saves for backward what the ReLU alone would, unless the gradient or a fixed
+        threshold asks for another.
         """
-        now = self._in_force()
-        if not self._masked or now.watched or now.thresholds is not None:
+        if not self._masked or self._recorder is not None or self._fixed() is not None:
             return self(function(x), site, training)
-        y = self._select(x, site, training, now, relu_gate)
-        if y is x:  # a site that is left alone now
+        if not self._told.is_ranked(x, site):
             return function(x)
+        if self.observers:
+            return self._watched_relu(function, x, site, training)
+        y = self._select(x, site, training, relu_gate)
+        return function(x) if y is x else y  # where the site is left alone now
+
+    def _watched_relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
+        # Autograd must save what it does when nobody watches, as a checkpoint may have one pass watched of two.
+        y = x
+        if torch.compiler.is_compiling() or float(self._ratio(training)) < 1.0:
+            y = self._select(x, site, training, relu_gate)
+        if y is x:
+            before = y = function(x)
+        else:
+            with torch.no_grad():
+                before = function(x)
+        for observe in self.observers:
+            observe(site, before, y)
         return y
 
-    def _select(
-        self, x: Tensor, site: Site, training: bool, now: _Setting, select: Callable[..., Tensor] = topk_gate
-    ) -> Tensor:
-        if now.thresholds is not None:
-            return self._cut(x, now.thresholds.get(site.name))
-        if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-            self._in_cuda_graph = True
-        if self._dense_in_eval and not training and not now.forced:
+    def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._look(x)
+        fixed = self._fixed()
+        if fixed is not None:
+            return self._cut(x, fixed.get(site.name))
+        forced = self._budget.forced
+        if self._dense_in_eval and not training and not forced:
             return x
-        if getattr(self, "_calls", -1) >= 0 and training and not torch.compiler.is_compiling():
-            self._calls += 1
-        if torch.compiler.is_compiling():
-            self._compiled = 1
+        if x.dim() == 1 and self._rule["scope"] == "sample" and self.acts(training):
+            self._told.of_single_units(x, site)
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
-        if now.network is not None:
-            counted = training and not now.forced and self._counts
-            in_eval = not (training or now.forced)
+        dense_rows = self.dense_rows if training else None
+        if self.network is not None:
+            counted, in_eval = training and not forced and self._counts, not (training or forced)
+            relu = select is relu_gate
             try:
-                return now.network.select(x, in_eval=in_eval, counted=counted, relu=select is relu_gate)
+                return self.network.select(x, dense_rows=dense_rows, in_eval=in_eval, counted=counted, relu=relu)
             except SelectionError as error:
                 raise SelectionError(f"{site.name}: {error}") from None
         channel_dim = site.channel_dim
@@ -268,11 +305,21 @@ class TopKGate:
                     "gate.channel_dim in the policy (1 for images, -1 for channels last), or exclude the site."
                 )
             channel_dim = -1
+        rule = self._rule if select is topk_gate else self._relu_rule
+        where = {"channel_dim": channel_dim, "multiplier": site.multiplier}
         try:
-            rule = self._rule if select is topk_gate else self._relu_rule
-            return select(x, self._ratio(training, now), channel_dim=channel_dim, multiplier=site.multiplier, **rule)
+            return select(x, self._ratio(training), dense_rows=dense_rows, **where, **rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
+
+    def _look(self, x: Tensor) -> None:
+        """Take notice of what a compiler must not trace: backward passes that repeat us, and recorded CUDA graphs."""
+        if not torch.is_grad_enabled():
+            self._budget.note_caller()
+        elif torch_private.in_backward():
+            self._budget.check_recomputation()
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._in_cuda_graph = True
 
     def _cut(self, x: Tensor, threshold: float | None) -> Tensor:
         # One standard operation, which keeps NaN and the memory format, and which every exporter knows.
@@ -282,30 +329,14 @@ class TopKGate:
             return nn.functional.hardshrink(x, threshold)
         return nn.functional.threshold(x, threshold, 0.0)
 
-    def _ratio(self, training: bool, now: _Setting) -> Tensor:
-        if training or now.forced or self._eval_ratio is None:
-            return now.keep_ratio
-        return self._eval_ratio
+    def _fixed(self) -> dict[str, float] | None:
+        """Return the fixed thresholds in force."""
+        return None if self._budget.forced else self.thresholds
 
-    def _in_force(self) -> _Setting:
-        """Return what holds now; in a recomputation, what held in the forward pass that it repeats."""
-        watched = bool(self.observers) or self._recorder is not None
-        now = _Setting(self.keep_ratio, self._forced, watched, self.thresholds, self.network)
-        # A compiler puts the recomputation into the graph of the forward pass.
-        if torch.compiler.is_compiling() or not recompute.is_likely():
-            return now
-        running, repeated = recompute.memories()
-        depth = self._blocks
-        # A block that is itself part of what is repeated forces the ratio again.
-        if repeated is not None and self in repeated:
-            before, depth = repeated[self]
-            now = now._replace(watched=before.watched) if self._forced_in_backward else before
-        for memory in running:
-            # Of a function with blocks in it, what holds outside of these is to be remembered.
-            if self not in memory or memory[self][1] > depth:
-                with torch_private.no_dispatch_modes():  # selective checkpointing counts operations
-                    memory[self] = now.lasting(), depth
-        return now
+    def _ratio(self, training: bool) -> Tensor:
+        if training or self._eval_ratio is None or self._budget.forced:
+            return self.keep_ratio
+        return self._eval_ratio
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -325,121 +356,34 @@ class TopKGate:
         if root is not None and id(root) not in memo:
             # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
             return self
-        twin = copy.copy(self)
+        twin = object.__new__(TopKGate)
+        twin.__dict__.update(self.__dict__)
         memo[id(self)] = twin
-        twin.keep_ratio = memo[id(self.keep_ratio)] = self.keep_ratio.clone()
+        twin._budget = copy.deepcopy(self._budget, memo)
+        twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
         twin.network = copy.deepcopy(self.network, memo)
-        twin.observers = []
+        twin.observers, twin.driver, twin._told = [], None, Told()
         if root is not None:
             twin.anchor(memo[id(root)])
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither a weak reference nor somebody's observer belongs in a file.
-        return {**self.__dict__, "_root": None, "observers": [], "driver": None}
+        # Neither a weak reference nor somebody's observer belongs in a file, nor a ratio that is forced for a while.
+        root, self._root = self._root, None
+        try:
+            twin = copy.deepcopy(self)
+        finally:
+            self._root = root
+        return twin.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.keep_ratio, self.dense_rows = self._budget.keep_ratio, self._budget.dense_rows
+        if self.network is not None:
+            self.network.keep_ratio = self.keep_ratio
 
     def __repr__(self) -> str:
-        ratio, scope = float(self.keep_ratio), self.policy.gate.scope
+        ratio, share = float(self.keep_ratio), float(self.dense_rows[0])
+        rows = f", full_share={share:g}" if share else ""
         fixed = "" if self.thresholds is None else f", thresholds={len(self.thresholds)}"
-        return f"TopKGate(keep_ratio={ratio:g}, scope={scope!r}, sites={len(self.sites)}{fixed})"
-
-
-class SiteGate:
-    """The shared gate as seen from one site: what hooks and rewritten methods call."""
-
-    def __init__(self, gate: TopKGate, site: Site) -> None:
-        self.gate = gate
-        self.site = site
-
-    def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """Gate ``x``; see ``TopKGate.__call__``."""
-        return self.gate(x, self.site, training)
-
-    def relu(self, function: Callable[..., Tensor], x: Tensor, training: bool) -> Tensor:
-        """Return the gated ``function(x)``, a ReLU; see ``TopKGate.relu``."""
-        return self.gate.relu(function, x, self.site, training)
-
-
-def find_gate(model: nn.Module) -> TopKGate | None:
-    """Return the gate of a wrapped model, or of a wrapper around one or a part of one; ``None`` if there is none.
-
-    Raises:
-        WrapError: several wrapped models are inside ``model``.
-    """
-    gates = {id(gate): (gate, home) for home in model.modules() for gate in _gates_on(home)}
-    if len(gates) > 1:
-        kinds = ", ".join(type(home).__name__ for _, home in gates.values())
-        raise WrapError(f"{len(gates)} separately wrapped models are inside this one ({kinds}); pass one of them.")
-    for gate, home in gates.values():
-        if gate._root is None and GATE_ATTRIBUTE in home.__dict__:  # it came out of a file
-            gate.anchor(home)
-        return gate
-    return None
-
-
-def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
-    if GATE_ATTRIBUTE in module.__dict__:
-        yield module.__dict__[GATE_ATTRIBUTE]
-    # Copies of graph modules lose plain attributes, and a part of a model never had one.
-    attributes = module.__dict__
-    holders = [*module._forward_hooks.values(), *attributes.get("gates", ()), *attributes.get(SITES_ATTRIBUTE, ())]
-    for holder in holders:
-        site_gate = holder if isinstance(holder, SiteGate) else getattr(holder, "gate", None)
-        if isinstance(site_gate, SiteGate):
-            yield site_gate.gate
-
-
-def whole_of(part: nn.Module, gate: TopKGate) -> nn.Module | None:
-    """Return the wrapped model that ``part`` is a part of; ``None`` if it is that model, a copy, or what is left."""
-    root = gate._root() if gate._root is not None else None
-    if root is None or root is part or not any(module is part for module in root.modules()):
-        return None
-    return root
-
-
-def gate_of(model: nn.Module) -> TopKGate:
-    """Return the one gate that a wrapped model's activations share.
-
-    Args:
-        model: a wrapped model, or DDP, ``torch.compile`` or any other module around one.
-
-    Raises:
-        NotWrappedError: there is no wrapped model in it.
-        WrapError: there are several.
-    """
-    if not isinstance(model, nn.Module):
-        raise NotWrappedError(f"expected a wrapped torch.nn.Module; got {type(model).__name__}.")
-    gate = find_gate(model)
-    if gate is None:
-        raise NotWrappedError(
-            f"{type(model).__name__} is not wrapped; call regimewrap.wrap(model) first (and keep using that model)."
-        )
-    return gate
-
-
-@contextmanager
-def at_keep_ratio(model: nn.Module, keep_ratio: float) -> Iterator[TopKGate]:
-    """Run a wrapped model at any budget, in train or eval mode, whatever ``eval_keep_ratio`` says.
-
-    Args:
-        model: a wrapped model.
-        keep_ratio: a fraction in (0, 1].
-
-    Yields:
-        The gate. The ratio that was in force comes back on the way out, also after an exception.
-
-    Raises:
-        NotWrappedError: the model is not wrapped.
-        PolicyError: the ratio is outside (0, 1].
-    """
-    gate = gate_of(model)
-    before = float(gate.keep_ratio), gate._forced, gate._forced_in_backward, gate.thresholds
-    gate.set_keep_ratio(keep_ratio)
-    gate._forced, gate._forced_in_backward, gate.thresholds = True, torch_private.in_backward(), None
-    gate._blocks += 1
-    try:
-        yield gate
-    finally:
-        gate._blocks -= 1
-        ratio, gate._forced, gate._forced_in_backward, gate.thresholds = before
-        gate.set_keep_ratio(ratio)
+        return f"TopKGate(keep_ratio={ratio:g}{rows}, scope={self.policy.gate.scope!r}, sites={len(self.sites)}{fixed})"

@@ -7,7 +7,6 @@ step ends, is decided by ``gate`` and ``cycler``; how scores are counted and cut
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -55,11 +54,14 @@ class NetworkThreshold:
         self.known = torch.zeros((), dtype=torch.bool, device="cpu")
         self._devices: dict[torch.device, _There] = {}
 
-    def select(self, x: Tensor, *, in_eval: bool, counted: bool, relu: bool) -> Tensor:
+    def select(
+        self, x: Tensor, *, dense_rows: Tensor | None = None, in_eval: bool, counted: bool, relu: bool
+    ) -> Tensor:
         """Gate one tensor at the threshold, or among its samples' units as long as there is none.
 
         Args:
             x: floating point, any shape and device.
+            dense_rows: which entries of the first dimension are neither cut nor counted; as for ``topk_gate``.
             in_eval: whether the ratio for eval mode holds.
             counted: whether this is a part of a training step.
             relu: apply a ReLU to ``x`` first.
@@ -71,13 +73,14 @@ class NetworkThreshold:
         there = self._on(x.device)
         # Inside a backward pass this is a recomputation of what was counted before.
         if counted and (torch.compiler.is_compiling() or not torch_private.in_backward()):
-            count_scores(x, there.counts, after_relu=relu)
+            count_scores(x, there.counts, dense_rows=dense_rows, after_relu=relu)
         ratio, threshold = self.keep_ratio, there.threshold
         if in_eval and self.eval_ratio is not None:
             ratio, threshold = self.eval_ratio, there.eval_threshold
+        rule: dict[str, Any] = {"dense_rows": dense_rows, "relative_to": self.relative_to}
         if relu:
-            return relu_threshold_gate(x, ratio, threshold, self.known, relative_to=self.relative_to)
-        return threshold_gate(x, ratio, threshold, self.known, relative_to=self.relative_to, gradient=self.gradient)
+            return relu_threshold_gate(x, ratio, threshold, self.known, **rule)
+        return threshold_gate(x, ratio, threshold, self.known, gradient=self.gradient, **rule)
 
     def aim(self, devices: Iterable[torch.device] = ()) -> None:
         """Fill in the thresholds for the ratios as they are now.
@@ -102,16 +105,6 @@ class NetworkThreshold:
         self.histogram = histogram
         self.known.fill_(histogram is not None)
         self.aim()
-
-    def frozen(self, keep_ratio: Tensor) -> NetworkThreshold:
-        """Return a copy that stays as this is now, for a forward pass that may be repeated later.
-
-        Args:
-            keep_ratio: the copy's, which nobody changes.
-        """
-        twin = copy.copy(self)
-        twin.keep_ratio, twin.known, twin._devices = keep_ratio, self.known.clone(), {}
-        return twin
 
     def counts(self) -> list[Tensor]:
         """Return the counts of the running step, one tensor for each device."""

@@ -7,6 +7,7 @@ and the kernels); this file gives it a schema, a fake kernel and a derivative, a
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +15,21 @@ import torch
 from torch import Tensor
 
 from regimewrap import torch_private
-from regimewrap.errors import SelectionError
-from regimewrap.topk import plain
+from regimewrap.errors import BudgetError, SelectionError
+from regimewrap.topk import plain, sampling
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.gpu import dispatch as gpu
-from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio
+from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio, full_rows
+
+#: As an operator: who watches torch's functions, as ``verify`` does, is not to see the one inside a gate.
+_relu = torch.ops.aten.relu
 
 
 def topk_gate(
     x: Tensor,
     keep_ratio: Tensor,
     *,
+    dense_rows: Tensor | None = None,
     scope: str = "sample",
     channel_dim: int = 1,
     score: str = "magnitude",
@@ -39,6 +44,10 @@ def topk_gate(
         x: float16, bfloat16, float32 or float64; any shape, device and memory format.
         keep_ratio: 0-d float64 tensor on the CPU, above 0. From 1 on the result is ``x``, bit for bit, and so is the
             gradient.
+        dense_rows: float64 tensor of shape (2,) on the CPU: a share in [0, 1), and the number of updates before this
+            one. That share of the entries of the first dimension keeps all units, and these compete with no others:
+            the leading entries in even updates, the trailing ones in odd ones; see ``selection.full_rows``. Their
+            values and gradients are those of ``x``, bit for bit. ``None``: no entries.
         scope: what competes: the units of one "sample" (entry of the first dimension; without a second dimension each
             has one unit, which is kept), the channels of one "position", or the whole "batch".
         channel_dim: the dimension that competes in scope "position".
@@ -59,12 +68,13 @@ def topk_gate(
     check_selection(x, selection, multiplier)
     check_gradient(gradient)
     check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
         return x
     # torch.jit.trace checks its trace without gradients, and wants the same graph again.
     differentiable = torch.is_grad_enabled() or torch_private.is_jit_tracing()
     saved = "mask" if gradient == "masked" and differentiable else "nothing"
-    y: Tensor = _select(x, keep_ratio, *selection, multiplier, saved)[0]
+    y: Tensor = _select(x, keep_ratio, dense_rows, *selection, multiplier, saved)[0]
     return y
 
 
@@ -72,6 +82,7 @@ def relu_gate(
     x: Tensor,
     keep_ratio: Tensor,
     *,
+    dense_rows: Tensor | None = None,
     scope: str = "sample",
     channel_dim: int = 1,
     relative_to: str = "all",
@@ -91,12 +102,14 @@ def relu_gate(
     check_selection(x, selection, multiplier)
     check_gradient(gradient)
     check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
         return torch.relu(x)
     if gradient == "straight_through":
         return topk_gate(
             torch.relu(x),
             keep_ratio,
+            dense_rows=dense_rows,
             scope=scope,
             channel_dim=channel_dim,
             relative_to=relative_to,
@@ -104,7 +117,8 @@ def relu_gate(
             gradient=gradient,
             multiplier=multiplier,
         )
-    y: Tensor = _select(x, keep_ratio, scope, channel_dim, "positive", relative_to, ties, multiplier, "output")[0]
+    positive = selection._replace(score="positive")
+    y: Tensor = _select(x, keep_ratio, dense_rows, *positive, multiplier, "output")[0]
     return y
 
 
@@ -126,6 +140,26 @@ def check_keep_ratio(keep_ratio: Tensor) -> None:
         )
 
 
+def check_dense_rows(dense_rows: Tensor | None) -> None:
+    """Refuse what does not say which rows are dense.
+
+    Raises:
+        SelectionError: neither ``None`` nor a float64 tensor of shape (2,) on the CPU.
+    """
+    if dense_rows is None:
+        return
+    if not isinstance(dense_rows, Tensor):
+        raise SelectionError(
+            f"dense_rows must be a float64 tensor of shape (2,) on the CPU; got {dense_rows!r}. "
+            "Pass torch.tensor((full_share, update), dtype=torch.float64)."
+        )
+    if dense_rows.dtype != torch.float64 or dense_rows.device.type != "cpu" or dense_rows.shape != (2,):
+        raise SelectionError(
+            "dense_rows must be a float64 tensor of shape (2,) on the CPU; got shape "
+            f"{tuple(dense_rows.shape)}, {dense_rows.dtype} on {dense_rows.device}."
+        )
+
+
 def _gives_full_budget(keep_ratio: Tensor) -> bool:
     """Whether the operator may be skipped now; a graph that outlives this call must not remember that."""
     if _is_recorded() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
@@ -144,6 +178,7 @@ def _is_recorded() -> bool:
 def _gate(
     x: Tensor,
     keep_ratio: Tensor,
+    dense_rows: Tensor | None,
     scope: str,
     channel_dim: int,
     score: str,
@@ -161,18 +196,36 @@ def _gate(
     y, bits = torch.empty_like(x), _empty_bits(x, saved)
     ratio = effective_ratio(keep_ratio.item(), multiplier)
     selection = Selection(scope, channel_dim, score, relative_to, ties)
-    if ratio == 1.0 or x.numel() == 0:
-        return torch.relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
+    full = _full(x, dense_rows, selection)
+    if ratio == 1.0 or x.numel() == 0 or full is None:
+        return _relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
     kernels = cpu if x.is_cpu else gpu if x.is_cuda else None
-    if kernels is not None and kernels.gate(x, y, bits, ratio, selection):
-        return y, bits
-    if score == "positive":
-        x, selection = torch.relu(x), selection._replace(score="value")
-    mask = torch.empty_like(y, dtype=torch.bool).copy_(plain.kept(x, ratio, selection))
+    if kernels is None or not kernels.gate(x, y, bits, ratio, selection, full):
+        ranked = _relu(x) if score == "positive" else x
+        after_relu = selection._replace(score="value") if score == "positive" else selection
+        _write(ranked, y, bits, plain.kept(ranked, ratio, after_relu, full))
+    if sampling.ON:
+        sampling.note(x, y, keep_ratio, dense_rows, score)
+    return y, bits
+
+
+def _full(x: Tensor, dense_rows: Tensor | None, selection: Selection) -> tuple[int, int] | None:
+    """Return which entries of dimension 0 are kept in full; ``None`` if that is the whole tensor."""
+    if dense_rows is None:
+        return 0, 0
+    share, update = dense_rows.tolist()
+    if share == 0.0:
+        return 0, 0
+    start, stop = full_rows(x.shape, selection, share, int(update))
+    return None if stop - start == (x.shape[0] if x.dim() else 1) else (start, stop)
+
+
+def _write(x: Tensor, y: Tensor, bits: Tensor, kept: Tensor) -> None:
+    """Write the units of ``x`` that are kept to ``y``, and which these are to ``bits`` unless that is empty."""
+    mask = torch.empty_like(y, dtype=torch.bool).copy_(kept)
     torch.where(mask, x, x.new_zeros(()), out=y)
     if bits.numel():
         bits.copy_(plain.pack_bits(_in_memory_order(mask)))
-    return y, bits
 
 
 def _fake_gate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -187,16 +240,49 @@ def _save_for_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, bits = output
     ctx.saved, ctx.stride = inputs[-1], y.stride()
     kept = {"output": (y,), "mask": (bits,), "nothing": ()}[ctx.saved]
-    ctx.save_for_backward(*kept)
     ctx.save_for_forward(*kept)
+    ctx.budget = _budget(y, *inputs[1:3])
+    if ctx.budget is not None:
+        with torch_private.no_dispatch_modes():  # selective checkpointing counts operations
+            kept = (*kept, torch.tensor(ctx.budget))
+    ctx.save_for_backward(*kept)
+
+
+def _budget(y: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None) -> list[int] | None:
+    """Return what was kept as whole numbers, if something other than autograd keeps the tensors that are saved.
+
+    Activation checkpointing does: it makes them anew for the backward pass, in a forward pass of its own, which must
+    be at the same budget. What this returns is remembered by autograd and, as a tensor, saved with the others: if they
+    differ in the backward pass, the budget did. The bits of the ratio, as hooks may round what is saved.
+    """
+    if not torch_private.has_saved_tensor_hooks() or type(keep_ratio) is not Tensor:
+        return None
+    if torch.compiler.is_compiling() or torch_private.has_functorch_transforms():
+        return None
+    full = _full(y, dense_rows, Selection()) or (0, -1)
+    return [struct.unpack("<q", struct.pack("<d", keep_ratio.item()))[0], *full]
+
+
+def _check_budget(ctx: Any, saved: Tensor) -> None:
+    now = saved.tolist()
+    if saved.dtype != torch.int64 or now == ctx.budget:
+        return
+    raise BudgetError(_in_words(ctx.budget), _in_words(now))
+
+
+def _in_words(budget: list[int]) -> str:
+    ratio, start, stop = budget
+    return f"keep ratio {struct.unpack('<d', struct.pack('<q', ratio))[0]:g} with rows {start} to {stop} dense"
 
 
 def _gate_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if ctx.budget is not None:
+        _check_budget(ctx, ctx.saved_tensors[-1])
     if ctx.saved == "output":
         grad = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
     elif ctx.saved == "mask":
         grad = _mask(grad, ctx.saved_tensors[0], ctx.stride)
-    return (grad, *[None] * 8)
+    return (grad, *[None] * 9)
 
 
 def _masked(grad: Tensor, bits: Tensor, stride: Sequence[int]) -> Tensor:

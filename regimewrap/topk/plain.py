@@ -10,20 +10,26 @@ import math
 import torch
 from torch import Tensor
 
-from regimewrap.topk.selection import Selection, row_shape, units_kept
+from regimewrap.topk.selection import Selection, row_shape, units_kept, without
 
 
-def kept(x: Tensor, ratio: float, selection: Selection) -> Tensor:
+def kept(x: Tensor, ratio: float, selection: Selection, full: tuple[int, int] = (0, 0)) -> Tensor:
     """Return the mask of kept units.
 
     Args:
         x: floating point, at least one element.
         ratio: effective keep ratio, in (0, 1).
         selection: what is ranked with what.
+        full: the entries of the first dimension that keep all their units, and do not compete; not all of them.
 
     Returns:
         Boolean, shape of ``x``; strides are unspecified.
     """
+    start, stop = full
+    if stop > start:
+        mask = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        without(mask, start, stop).copy_(kept(without(x, start, stop), ratio, selection))
+        return mask
     last = x.movedim(selection.channel_dim, -1) if selection.scope == "position" else x
     rows = last.reshape(row_shape(x.shape, selection))
     score = rows.abs() if selection.score == "magnitude" else rows

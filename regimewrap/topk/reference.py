@@ -24,6 +24,8 @@ def kept(
     relative_to: str = "all",
     ties: str = "keep",
     multiplier: float = 1.0,
+    full_share: float = 0.0,
+    update: int = 0,
 ) -> Tensor:
     """Return which units of ``x`` a gate keeps.
 
@@ -39,6 +41,9 @@ def kept(
         ties: units that equal the smallest kept score are all kept ("keep"), or only as many as fit, those with the
             lowest index in the row first ("exact").
         multiplier: of ``keep_ratio``, for this tensor only; the product is cut at 1.
+        full_share: the share of the entries of the first dimension that keep all their units and do not compete, over
+            many updates; see ``in_full``.
+        update: optimizer updates before this one.
 
     Returns:
         Boolean mask, shape of ``x``. A row of n units keeps the k = max(1, int(n * keep_ratio)) largest. NaN ranks
@@ -53,21 +58,46 @@ def kept(
     ratio = effective_ratio(keep_ratio, multiplier)
     if ratio == 1.0 or x.numel() == 0:
         return torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+    if full_share > 0.0:
+        # Where the first dimension itself competes, or there is none, the tensor is one entry.
+        whole = x.dim() == 0 or (scope == "position" and channel_dim % x.dim() == 0)
+        full = in_full(1 if whole else x.shape[0], full_share, update)
+        if not any(full):
+            return kept(x, keep_ratio, **selection._asdict(), multiplier=multiplier)
+        mask = torch.ones_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+        if not all(full):
+            others = torch.tensor([not each for each in full])
+            mask[others] = kept(x[others], keep_ratio, **selection._asdict(), multiplier=multiplier)
+        return mask
     last = x.detach().movedim(channel_dim, -1) if scope == "position" else x.detach()
     rows = last.reshape(row_shape(x.shape, selection))
     mask = torch.stack([_kept_in_row(row.double(), ratio, selection) for row in rows]).reshape(last.shape)
     return mask.movedim(-1, channel_dim) if scope == "position" else mask
 
 
-def reaches(x: Tensor, threshold: float) -> Tensor:
+def in_full(n: int, full_share: float, update: int) -> list[bool]:
+    """Say of each of n entries whether it keeps all its units in this update.
+
+    By the end of an update as many entries have been in full as the share of all entries so far comes to, rounded down.
+    They are the first ones of the tensor in even updates (0, 2, ...), and the last ones in odd updates.
+    """
+    m = math.floor((update + 1) * n * full_share) - math.floor(update * n * full_share)
+    return [place < m if update % 2 == 0 else place >= n - m for place in range(n)]
+
+
+def reaches(x: Tensor, threshold: float, *, full_share: float = 0.0, update: int = 0) -> Tensor:
     """Return which units of ``x`` a shared threshold keeps: those whose magnitude reaches it, and NaN.
 
     Args:
         x: floating point, any shape and memory format.
         threshold: rounded to the dtype of ``x``.
+        full_share: as for ``kept``.
+        update: as for ``kept``.
     """
     rounded = float(torch.tensor(threshold, dtype=x.dtype))
-    return (x.detach().double().abs() >= rounded) | x.detach().isnan()
+    mask = (x.detach().double().abs() >= rounded) | x.detach().isnan()
+    full = torch.tensor(in_full(x.shape[0] if x.dim() else 1, full_share, update), dtype=torch.bool)
+    return mask | full.view(-1, *[1] * (x.dim() - 1)) if x.dim() else mask | full.any()
 
 
 def histogram(x: Tensor) -> dict[float, int]:

@@ -117,6 +117,38 @@ def row_shape(shape: Sequence[int], selection: Selection) -> tuple[int, int]:
     return (shape[0] if len(shape) else 1), math.prod(shape[1:])
 
 
+def full_rows(shape: Sequence[int], selection: Selection, full_share: float, update: int) -> tuple[int, int]:
+    """Return (start, stop): the entries of the first dimension that keep all their units in this update.
+
+    Of n entries these are m = floor((update + 1) * n * full_share) - floor(update * n * full_share), so that over many
+    updates their share is ``full_share`` also where n is 1; the leading ones where ``update`` is even, the trailing
+    ones where it is odd. Where the first dimension itself competes (scope "position"), or where there is none, the
+    tensor counts as one entry.
+
+    Args:
+        shape: of the tensor.
+        selection: what is ranked with what.
+        full_share: in [0, 1).
+        update: optimizer updates before this one; exact as long as its product with n stays below 2^53.
+    """
+    competes = not shape or (selection.scope == "position" and selection.channel_dim % len(shape) == 0)
+    n = 1 if competes else shape[0]
+    m = min(n, math.floor((update + 1) * n * full_share) - math.floor(update * n * full_share))
+    if competes:
+        return (0, shape[0] if shape else 1) if m else (0, 0)
+    return (0, m) if update % 2 == 0 else (n - m, n)
+
+
+def without(x: Tensor, start: int, stop: int) -> Tensor:
+    """Return a view of ``x`` without the entries ``start`` to ``stop``, one end of its first dimension."""
+    return x.narrow(0, stop, x.shape[0] - stop) if start == 0 else x.narrow(0, 0, start)
+
+
+def is_outermost(y: Tensor) -> bool:
+    """Whether the entries of the first dimension of a tensor without gaps lie one after the other in memory."""
+    return all(y.shape[d] < 2 or y.stride(d) < y.stride(0) for d in range(1, y.dim()))
+
+
 def memory_rows(y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
     """Say where the rows of a tensor lie that fills its memory without gaps.
 

@@ -15,43 +15,49 @@ import torch
 from torch import Tensor
 
 from regimewrap import torch_private
-from regimewrap.topk import plain
+from regimewrap.topk import plain, sampling
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import (
     _empty_bits,
+    _full,
     _gate,
     _gate_backward,
     _gives_full_budget,
-    _in_memory_order,
     _is_recorded,
     _operator,
+    _relu,
     _save_for_gate,
+    _write,
+    check_dense_rows,
     check_keep_ratio,
 )
-from regimewrap.topk.selection import check_gradient
+from regimewrap.topk.selection import Selection, check_gradient, without
 
 #: How many of float32's low bits a bin leaves open; 5 bits of the significand remain.
 SHIFT = 18
 _INFINITY = 0x7F800000
 #: From zero (and what is nearly zero: below 4e-40) to infinity, which has the last bin for itself. NaN has none.
 BINS = (_INFINITY >> SHIFT) + 1
+#: Rows are entries of the first dimension here.
+_ENTRIES = Selection()
 
 
-def count_scores(x: Tensor, counts: Tensor, *, after_relu: bool = False) -> None:
+def count_scores(x: Tensor, counts: Tensor, *, dense_rows: Tensor | None = None, after_relu: bool = False) -> None:
     """Add the magnitudes of a tensor to a histogram, in place.
 
     Args:
         x: float16, bfloat16, float32 or float64; any shape and memory format. NaN is not counted.
         counts: int64, shape (BINS,), on the device of ``x``.
+        dense_rows: as for ``topk_gate``; the entries that are kept in full are not counted.
         after_relu: count ``relu(x)`` instead.
 
     Recorded by compilers as an operator that changes ``counts``; under vmap all entries are counted.
     """
     x = x.detach()
     if type(x) is not Tensor or x.is_meta or _is_recorded() or torch_private.has_functorch_transforms():
-        _count_operator(x, counts, after_relu)
+        _count_operator(x, counts, dense_rows, after_relu)
     else:
-        _count(x, counts, after_relu)
+        _count(x, counts, dense_rows, after_relu)
 
 
 def threshold_at(counts: Tensor, keep_ratio: float, relative_to: str = "all") -> Tensor:
@@ -109,6 +115,7 @@ def threshold_gate(
     threshold: Tensor,
     known: Tensor,
     *,
+    dense_rows: Tensor | None = None,
     relative_to: str = "all",
     gradient: str = "masked",
 ) -> Tensor:
@@ -120,6 +127,7 @@ def threshold_gate(
         threshold: 0-d float32 tensor on the device of ``x``; it is rounded to the dtype of ``x``.
         known: 0-d boolean tensor on the CPU: whether there is a threshold yet. Until then the units of a sample
             compete among themselves, as in scope "sample".
+        dense_rows: as for ``topk_gate``: entries of the first dimension that are kept in full.
         relative_to: what ``keep_ratio`` is a share of, until then.
         gradient: "masked" passes it to kept units only, "straight_through" to all.
 
@@ -132,15 +140,22 @@ def threshold_gate(
     """
     check_gradient(gradient)
     check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
         return x
     saved = "mask" if gradient == "masked" and torch.is_grad_enabled() else "nothing"
-    y: Tensor = _apply(x, keep_ratio, threshold, known, relative_to, "magnitude", saved)[0]
+    y: Tensor = _apply(x, keep_ratio, dense_rows, threshold, known, relative_to, "magnitude", saved)[0]
     return y
 
 
 def relu_threshold_gate(
-    x: Tensor, keep_ratio: Tensor, threshold: Tensor, known: Tensor, *, relative_to: str = "all"
+    x: Tensor,
+    keep_ratio: Tensor,
+    threshold: Tensor,
+    known: Tensor,
+    *,
+    dense_rows: Tensor | None = None,
+    relative_to: str = "all",
 ) -> Tensor:
     """Return ``threshold_gate(relu(x), ...)`` in one pass, saving for backward no more than ReLU alone does.
 
@@ -148,16 +163,18 @@ def relu_threshold_gate(
     compilation, it is ``relu(x)`` itself.
     """
     check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
         return torch.relu(x)
-    y: Tensor = _apply(x, keep_ratio, threshold, known, relative_to, "positive", "output")[0]
+    y: Tensor = _apply(x, keep_ratio, dense_rows, threshold, known, relative_to, "positive", "output")[0]
     return y
 
 
-def _count(x: Tensor, counts: Tensor, after_relu: bool) -> None:
-    if x.numel() == 0:
+def _count(x: Tensor, counts: Tensor, dense_rows: Tensor | None, after_relu: bool) -> None:
+    full = _full(x, dense_rows, _ENTRIES)
+    if x.numel() == 0 or full is None:
         return
-    x = x.float()
+    x = (without(x, *full) if full[1] > full[0] else x).float()
     if not (x.is_cpu and cpu.count(x, counts, after_relu, SHIFT)):
         counts += plain.histogram(x, after_relu, SHIFT, BINS)
 
@@ -166,13 +183,19 @@ _count_operator: Any = torch.library.custom_op("regimewrap::count_scores", _coun
 
 
 @_count_operator.register_fake  # type: ignore[untyped-decorator]
-def _fake_count(x: Tensor, counts: Tensor, after_relu: bool) -> None:
-    del x, counts, after_relu
+def _fake_count(x: Tensor, counts: Tensor, dense_rows: Tensor | None, after_relu: bool) -> None:
+    del x, counts, dense_rows, after_relu
 
 
-def _count_mapped(info: Any, in_dims: Any, x: Tensor, counts: Tensor, after_relu: bool) -> tuple[None, None]:
-    del info, in_dims  # which entry a score comes from does not matter
-    count_scores(x, counts, after_relu=after_relu)
+def _count_mapped(
+    info: Any, in_dims: Any, x: Tensor, counts: Tensor, dense_rows: Tensor | None, after_relu: bool
+) -> tuple[None, None]:
+    del info
+    if in_dims[0] is None:
+        count_scores(x, counts, dense_rows=dense_rows, after_relu=after_relu)
+        return None, None
+    for entry in x.unbind(in_dims[0]):  # the rows of each are those of a tensor of its own
+        count_scores(entry, counts, dense_rows=dense_rows, after_relu=after_relu)
     return None, None
 
 
@@ -182,6 +205,7 @@ _count_operator.register_vmap(_count_mapped)
 def _threshold_gate(
     x: Tensor,
     keep_ratio: Tensor,
+    dense_rows: Tensor | None,
     threshold: Tensor,
     known: Tensor,
     relative_to: str,
@@ -190,18 +214,19 @@ def _threshold_gate(
 ) -> tuple[Tensor, Tensor]:
     """Return the gated tensor and the mask; ``score`` and ``saved`` as for ``topk_gate``'s operator."""
     if not known.item():
-        return _gate(x, keep_ratio, "sample", 1, score, relative_to, "keep", 1.0, saved)
+        return _gate(x, keep_ratio, dense_rows, "sample", 1, score, relative_to, "keep", 1.0, saved)
     y, bits = torch.empty_like(x), _empty_bits(x, saved)
-    if keep_ratio.item() >= 1.0 or x.numel() == 0:
-        return torch.relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
-    if x.is_cpu and cpu.cut(x, y, bits, threshold, score):
-        return y, bits
-    x = torch.relu(x) if score == "positive" else x
-    # NaN is not below anything.
-    mask = torch.empty_like(y, dtype=torch.bool).copy_(~(x.abs() < threshold.to(x.dtype)))
-    torch.where(mask, x, x.new_zeros(()), out=y)
-    if bits.numel():
-        bits.copy_(plain.pack_bits(_in_memory_order(mask)))
+    full = _full(x, dense_rows, _ENTRIES)
+    if keep_ratio.item() >= 1.0 or x.numel() == 0 or full is None:
+        return _relu(x) if score == "positive" else y.copy_(x), bits.fill_(0xFF)
+    if not (x.is_cpu and cpu.cut(x, y, bits, threshold, score, full)):
+        ranked = _relu(x) if score == "positive" else x
+        kept = ~(ranked.abs() < threshold.to(x.dtype))  # NaN is not below anything
+        if full[1] > full[0]:
+            kept[full[0] : full[1]] = True
+        _write(ranked, y, bits, kept)
+    if sampling.ON:
+        sampling.note(x, y, keep_ratio, dense_rows, score)
     return y, bits
 
 
@@ -210,7 +235,7 @@ def _fake_threshold_gate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return (_gate_backward(ctx, grad, None)[0], *[None] * 6)
+    return (_gate_backward(ctx, grad, None)[0], *[None] * 7)
 
 
 _apply = _operator("threshold_gate", _threshold_gate, _fake_threshold_gate, _save_for_gate, _backward)

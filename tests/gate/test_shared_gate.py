@@ -90,11 +90,43 @@ def test_at_keep_ratio_holds_in_eval_mode():
         assert (model(torch.randn(1, 4)) != 0).sum() == 10
 
 
-def test_what_is_not_a_floating_tensor_names_the_site():
-    with pytest.raises(SelectionError, match=r"act: .*int64"):
-        gated(RegimePolicy(), 0.5, torch.ones(2, 2, dtype=torch.int64))
-    with pytest.raises(SelectionError, match=r"act: .*tuple"):
-        gated(RegimePolicy(), 0.5, (torch.ones(2), torch.ones(2)))
+NOT_RANKED = {
+    "a tensor of torch.int64": torch.ones(2, 2, dtype=torch.int64),
+    "a tensor of torch.complex64": torch.ones(2, 2, dtype=torch.complex64),
+    "a tuple": (torch.ones(2), torch.ones(2)),
+    "a sparse_coo tensor": torch.eye(3).to_sparse(),
+    "a nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+@pytest.mark.parametrize("found", NOT_RANKED)
+def test_what_has_no_units_to_rank_is_left_alone_with_one_warning_that_names_the_site(found, ratio):
+    x, gate = NOT_RANKED[found], TopKGate()
+    gate.set_keep_ratio(ratio)
+    with pytest.warns(RuntimeWarning, match=f"act is left alone: it returned {found}, and a gate ranks"):
+        assert gate(x, SITE, training=True) is x
+    assert gate(x, SITE, training=True) is x  # a second warning would be an error
+    assert gate.relu(lambda x: (x,), x, SITE, training=True) == (x,)
+    assert gate(torch.ones(2, 4), SITE, training=True).shape == (2, 4)
+
+
+def test_a_tensor_without_a_second_dimension_is_told_of_once():
+    gate = TopKGate()
+    gate.set_keep_ratio(0.1)
+    with pytest.warns(RuntimeWarning, match=r"act returned a tensor of shape \(16,\): read as 16 samples of one unit"):
+        assert (gate(torch.ones(16), SITE, training=True) == 1).all()
+    gate(torch.ones(16), Site("other", "relu"), training=True)  # a second warning would be an error
+
+
+def test_samples_that_vmap_passes_one_by_one_are_told_of_once():
+    model = wrap(nn.Sequential(nn.Linear(8, 16), nn.GELU()))
+    gate_of(model).set_keep_ratio(0.1)
+    x = torch.randn(5, 8)
+    with pytest.warns(RuntimeWarning, match=r"model\(x.unsqueeze\(0\)\), also inside torch.vmap"):
+        torch.vmap(model)(x)
+    mapped = torch.vmap(lambda x: model(x.unsqueeze(0)).squeeze(0))(x)
+    torch.testing.assert_close(mapped, model(x))
 
 
 def test_empty_batches_pass():

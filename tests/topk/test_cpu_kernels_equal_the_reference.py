@@ -151,7 +151,7 @@ def test_no_copy_is_made_in_either_memory_format(memory_format, scope, dtype):
     x = torch.randn(4, 16, 8, 8).to(dtype).to(memory_format=memory_format)
 
     with Allocations(x) as forward:
-        y, bits = op._gate(x, ratio(0.3), scope, 1, "magnitude", "all", "keep", 1.0, "mask")
+        y, bits = op._gate(x, ratio(0.3), None, scope, 1, "magnitude", "all", "keep", 1.0, "mask")
     with Allocations(x, bits) as backward:
         grad = op._masked(x, bits, y.stride())
 

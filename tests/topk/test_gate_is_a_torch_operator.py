@@ -16,6 +16,7 @@ from regimewrap.topk.op import relu_gate, topk_gate
 from regimewrap.topk.reference import kept
 
 SCOPES = ["sample", "position", "batch"]
+ROWS = torch.tensor((0.5, 1.0), dtype=torch.float64)
 # opcheck itself looks at .grad of tensors that are no leaves.
 opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
@@ -29,7 +30,7 @@ def ratio(value: float) -> torch.Tensor:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_opcheck_finds_nothing_in_other_dtypes(scope, dtype):
     x = torch.randn(2, 3, 5, 4).to(dtype).requires_grad_()
-    arguments = (x, ratio(0.3), scope, 1, "magnitude", "active", "keep", 0.5, "mask")
+    arguments = (x, ratio(0.3), None, scope, 1, "magnitude", "active", "keep", 0.5, "mask")
     torch.library.opcheck(torch.ops.regimewrap.topk_gate.default, arguments)
 
 
@@ -41,7 +42,7 @@ def test_opcheck_finds_nothing_in_other_dtypes(scope, dtype):
 def test_opcheck_finds_nothing(scope, ties, saved, memory_format):
     score = "positive" if saved == "output" else "magnitude"
     x = torch.randn(2, 3, 5, 4).to(memory_format=memory_format).requires_grad_(saved != "nothing")
-    arguments = (x, ratio(0.3), scope, 1, score, "all", ties, 1.0, saved)
+    arguments = (x, ratio(0.3), ROWS, scope, 1, score, "all", ties, 1.0, saved)
     torch.library.opcheck(torch.ops.regimewrap.topk_gate.default, arguments)
 
 
@@ -174,7 +175,7 @@ def test_the_selection_itself_reads_no_value_of_its_tensor(scope, relative_to, t
     x = torch.empty(2, 3, 5, 4, device="meta").to(memory_format=torch.channels_last)
     score = "positive" if saved == "output" else "magnitude"
 
-    y, bits = op._gate(x, ratio(0.3), scope, 1, score, relative_to, ties, 1.0, saved)
+    y, bits = op._gate(x, ratio(0.3), None, scope, 1, score, relative_to, ties, 1.0, saved)
 
     assert y.stride() == x.stride()
     if saved == "mask":

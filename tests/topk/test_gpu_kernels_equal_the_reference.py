@@ -21,7 +21,7 @@ from regimewrap.topk import plain
 from regimewrap.topk.gpu import dispatch as gpu
 from regimewrap.topk.op import relu_gate, topk_gate
 from regimewrap.topk.reference import kept
-from regimewrap.topk.selection import INTEGERS, Selection
+from regimewrap.topk.selection import INTEGERS, Selection, full_rows
 
 pytest.importorskip("triton", reason="the kernels are compiled by Triton")
 
@@ -187,6 +187,35 @@ def test_positions_agree_in_both_memory_formats(shape):
 def test_any_small_tensor_agrees(dtype, content, shape, keep_ratio, scope, score, relative_to, ties):
     x = CONTENTS[content](draw(*shape)).to(dtype)
     assert agrees(x, keep_ratio, scope=scope, score=score, relative_to=relative_to, ties=ties)
+
+
+@runs_here
+@pytest.mark.parametrize("update", [0, 1])
+@pytest.mark.parametrize("scope", ["sample", "position", "batch"])
+@pytest.mark.parametrize("score", ["magnitude", "positive"])
+def test_dense_rows_are_copied_and_the_others_agree(scope, score, update):
+    for x in (draw(5, 8, 3, 4), draw(5, 16, 2, 3).to(memory_format=torch.channels_last).half()):
+        x = x.to(DEVICE)
+        selection, full = Selection(scope=scope, score=score), full_rows(x.shape, Selection(), 0.5, update)
+        y, bits = torch.full_like(x, 7), torch.full((x.numel() // 8,), 0xAA, dtype=torch.uint8, device=x.device)
+        assert gpu.gate(x, y, bits, 0.3, selection, full)
+        ranked = (torch.relu(x) if score == "positive" else x).cpu()
+        expected = kept(ranked, 0.3, scope=scope, full_share=0.5, update=update)
+        right = torch.where(expected, ranked, 0)
+        mask = torch.empty_like(y, dtype=torch.bool)
+        mask.as_strided((x.numel(),), (1,)).copy_(plain.unpack_bits(bits, x.numel()))
+        assert torch.equal(y.cpu(), right)
+        assert torch.equal(mask.cpu() | (right == 0), expected | (right == 0))
+
+
+@runs_here
+def test_dense_rows_whose_bits_share_a_byte_with_others_or_lie_scattered_are_left_to_plain_torch():
+    x = draw(4, 3).to(DEVICE)
+    y, bits = torch.full_like(x, 7), torch.zeros(2, dtype=torch.uint8, device=x.device)
+    assert not gpu.gate(x, y, bits, 0.3, Selection(), (0, 2))
+    assert gpu.gate(x, y, bits[:0], 0.3, Selection(), (0, 2))
+    scattered = draw(8, 4).to(DEVICE).t()
+    assert not gpu.gate(scattered, torch.empty_like(scattered), bits[:0], 0.3, Selection(scope="batch"), (0, 2))
 
 
 @runs_here

@@ -28,6 +28,7 @@ from regimewrap.topk.threshold import (
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, -math.nan, 1.0, -1.0, 1e-7, -1e-7, 3e4, 1e-42, 2e-38)
 KNOWN = torch.tensor(data=True)
+ROWS = torch.tensor((0.5, 1.0), dtype=torch.float64)
 opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 
@@ -215,10 +216,10 @@ def test_bad_arguments_are_refused():
 @pytest.mark.parametrize(("score", "saved"), [("magnitude", "mask"), ("magnitude", "nothing"), ("positive", "nothing")])
 def test_opcheck_finds_nothing(score, saved, known, memory_format):
     x = torch.randn(2, 3, 5, 4).to(memory_format=memory_format).requires_grad_(saved == "mask")
-    arguments = (x, ratio(0.3), at(1.0), torch.tensor(known), "all", score, saved)
+    arguments = (x, ratio(0.3), ROWS, at(1.0), torch.tensor(known), "all", score, saved)
     torch.library.opcheck(torch.ops.regimewrap.threshold_gate.default, arguments)
     counts = torch.zeros(BINS, dtype=torch.int64)
-    torch.library.opcheck(torch.ops.regimewrap.count_scores.default, (x.detach(), counts, score == "positive"))
+    torch.library.opcheck(torch.ops.regimewrap.count_scores.default, (x.detach(), counts, ROWS, score == "positive"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

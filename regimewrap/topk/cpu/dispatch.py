@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from regimewrap.topk.loading import Kernels
-from regimewrap.topk.selection import INTEGERS, Selection, memory_rows
+from regimewrap.topk.selection import INTEGERS, Selection, is_outermost, memory_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 _WORTH_LOADING = 1 << 12
 #: Elements that keep a thread busy for longer than it takes to wake it.
 _GRAIN = 1 << 16
+#: What copying an element takes, of the time that ranking one takes.
+_COPY = 0.25
 #: Units in a row that a kernel does not count.
 _TOO_LONG = 1 << 31
 
 _SCORES = {"magnitude": 0, "value": 1, "positive": 2}
 
 
-def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection) -> bool:
+def gate(
+    x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection, full: tuple[int, int] = (0, 0)
+) -> bool:
     """Write the gated ``x`` to ``y``, and which units were kept to ``bits`` unless that is empty.
 
     Args:
@@ -47,13 +51,14 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
         bits: uint8, one bit for each element in the order of ``y``'s memory, or empty.
         ratio: effective keep ratio, in (0, 1).
         selection: what is ranked with what.
+        full: the entries of the first dimension that keep all their units, and do not compete; not all of them.
 
     Returns:
         False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
     """
     kernels = _kernels(x)
     blocks = memory_rows(y, selection)
-    if kernels is None or blocks is None:
+    if kernels is None or blocks is None or (full[1] > full[0] and not is_outermost(y)):
         return False
     if blocks[1] >= _TOO_LONG:
         _tell_of_long_rows()
@@ -62,10 +67,9 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
     integer, infinity = INTEGERS[x.dtype]
     if x.stride() != y.stride() or x.is_neg():
         x = torch.empty_like(y).copy_(x)
-    source, result = _flat(x, integer), _flat(y, integer)
+    source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
     scalar = source.dtype.type
     settings = (
-        units,
         ratio,
         selection.relative_to == "active",
         selection.ties == "exact",
@@ -73,20 +77,28 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
         scalar(infinity),
         scalar((1 << 8 * x.element_size() - 1) - 1),
     )
-    packed = bits.numpy()
+    if selection.scope == "batch":
+        whole = _scaled(full, source.size, y)
+        return KERNELS.survive(lambda: kernels.gate_whole(source, result, packed, *whole, *settings))
     # Rows that do not fill bytes are packed eight at a time.
     step = 1 if packed.size == 0 or units * inner % 8 == 0 else 8
+    full = _scaled(full, outer, y)
 
     def run(start: int, stop: int) -> None:
         if inner == 1:
-            kernels.gate_rows(source, result, packed, start, stop, *settings)
+            kernels.gate_rows(source, result, packed, start, stop, *full, units, *settings)
         else:
-            kernels.gate_positions(source, result, packed, start, stop, *settings, inner)
+            kernels.gate_positions(source, result, packed, start, stop, *full, units, *settings, inner)
 
-    return _share(run, outer, step, x.numel())
+    return _share(run, outer, step, x.numel(), full)
 
 
-def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str) -> bool:
+def _scaled(full: tuple[int, int], items: int, y: Tensor) -> tuple[int, int]:
+    """Say which of the items that a tensor falls into, in the order of memory, these entries of dimension 0 are."""
+    return (full[0] * items // y.shape[0], full[1] * items // y.shape[0]) if full[1] > full[0] else (0, 0)
+
+
+def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str, full: tuple[int, int] = (0, 0)) -> bool:
     """Write the units of ``x`` that reach a threshold to ``y``, and zero elsewhere.
 
     Args:
@@ -95,12 +107,13 @@ def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str) -> bo
         bits: as for ``gate``.
         threshold: 0-d, on the CPU; rounded to the dtype of ``x``.
         score: "magnitude", or "positive" for the magnitude after a ReLU, which is then applied.
+        full: as for ``gate``.
 
     Returns:
         False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
     """
     kernels = _kernels(x)
-    if kernels is None:
+    if kernels is None or (full[1] > full[0] and not is_outermost(y)):
         return False
     integer, infinity = INTEGERS[x.dtype]
     if x.stride() != y.stride() or x.is_neg():
@@ -108,7 +121,8 @@ def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str) -> bo
     source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
     scalar = source.dtype.type
     pivot = scalar(threshold.to(x.dtype).view(integer).item())
-    settings = (pivot, _SCORES[score], scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1))
+    full = _scaled(full, source.size, y)
+    settings = (*full, pivot, _SCORES[score], scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1))
 
     def run(start: int, stop: int) -> None:
         kernels.cut(source, result, packed, start, stop, *settings)
@@ -173,6 +187,7 @@ def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
     return _share(run, packed.size, 1, grad.numel())
 
 
+@functools.cache
 def _tell_of_long_rows() -> None:
     warnings.warn(
         f"regimewrap selects in plain torch among {_TOO_LONG} units or more: same results, 10 to 20 times slower.",
@@ -187,6 +202,10 @@ def _flat(x: Tensor, integer: torch.dtype) -> Any:
 
 
 def _import() -> ModuleType:
+    import numba
+
+    if getattr(numba.config, "DISABLE_JIT", False):
+        raise ImportError("numba's compiler is switched off by NUMBA_DISABLE_JIT")
     from regimewrap.topk.cpu import kernels as numba_kernels
 
     return numba_kernels
@@ -206,13 +225,15 @@ def _kernels(x: Tensor) -> ModuleType | None:
     return KERNELS.get()
 
 
-def _share(run: Callable[[int, int], None], items: int, step: int, elements: int) -> bool:
+def _share(
+    run: Callable[[int, int], None], items: int, step: int, elements: int, full: tuple[int, int] = (0, 0)
+) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
     threads = torch.get_num_threads()
     parts = min(threads, elements // _GRAIN, items // step)
     if parts <= 1:
         return KERNELS.survive(lambda: run(0, items))
-    bounds = [items // step * part // parts * step for part in range(parts)] + [items]
+    bounds = _bounds(items, step, parts, full)
 
     def work() -> None:
         others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
@@ -224,6 +245,20 @@ def _share(run: Callable[[int, int], None], items: int, step: int, elements: int
             other.result()
 
     return KERNELS.survive(work)
+
+
+def _bounds(items: int, step: int, parts: int, full: tuple[int, int]) -> list[int]:
+    """Divide items into ranges of equal work, at multiples of ``step``; those in ``full`` are only copied."""
+    first, light = full[0], full[1] - full[0]
+    bounds = []
+    for part in range(parts):
+        place = (items - light * (1 - _COPY)) * part / parts  # in items that are ranked
+        if place > first + light * _COPY:
+            place += light * (1 - _COPY)
+        elif place > first:
+            place = first + (place - first) / _COPY
+        bounds.append(int(place) // step * step)
+    return [*bounds, items]
 
 
 @functools.cache

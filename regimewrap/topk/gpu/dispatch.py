@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regimewrap.topk.loading import Kernels
 from regimewrap.topk.plain import pack_bits
-from regimewrap.topk.selection import INTEGERS, Selection, memory_rows, units_kept
+from regimewrap.topk.selection import INTEGERS, Selection, is_outermost, memory_rows, units_kept, without
 
 #: Bytes of keys that a multiprocessor holds in registers while it looks for a threshold.
 _ON_CHIP = 1 << 17
@@ -35,7 +35,9 @@ _MOST_PROGRAMS = (1 << 31) - 1
 _SCORES = ("magnitude", "value", "positive")
 
 
-def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection) -> bool:
+def gate(
+    x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection, full: tuple[int, int] = (0, 0)
+) -> bool:
     """Write the gated ``x`` to ``y``, and which units were kept to ``bits`` unless that is empty.
 
     Args:
@@ -44,10 +46,13 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
         bits: uint8, one bit for each element in the order of ``y``'s memory, or empty.
         ratio: effective keep ratio, in (0, 1).
         selection: what is ranked with what.
+        full: the entries of the first dimension that keep all their units, and do not compete; not all of them.
 
     Returns:
         False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
     """
+    if full[1] > full[0]:
+        return _gate_others(x, y, bits, ratio, selection, full)
     kernels = KERNELS.get()
     launch = _launch(y.shape, y.stride(), y.dtype, bits.numel() > 0, selection) if kernels is not None else None
     if launch is None:
@@ -69,6 +74,27 @@ def gate(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection)
         return False
     if launch.as_bytes:
         bits.copy_(pack_bits(written))
+    return True
+
+
+def _gate_others(x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection, full: tuple[int, int]) -> bool:
+    """Copy what is kept in full, and gate the others, which is a tensor of its own: an end of memory was left out."""
+    start, stop = full
+    size = y.numel() // y.shape[0]  # elements in an entry of dimension 0
+    border = (stop if start == 0 else start) * size
+    if not is_outermost(y) or (bits.numel() and border % 8):
+        return False
+    inside, outside = (
+        (bits[: border // 8], bits[border // 8 :]) if start == 0 else (bits[border // 8 :], bits[: border // 8])
+    )
+    if not gate(without(x, *full), without(y, *full), outside, ratio, selection):
+        return False
+    copied = x[start:stop]
+    if selection.score == "positive":
+        torch.clamp_min(copied, 0, out=y[start:stop])  # as torch.relu does
+    else:
+        y[start:stop] = copied
+    inside.fill_(0xFF)
     return True
 
 
