@@ -54,8 +54,45 @@ class Results:
 def tables(cells: list[dict[str, Any]]) -> str:
     """Return all tables."""
     results = Results(cells)
-    parts = [_against_dense(results, "mixed")] if "mixed" in results.arms else []
+    parts = [_targets(results), _against_dense(results, "mixed")] if "mixed" in results.arms else []
     return "\n".join([*parts, _presets(results), _batchnorm(results), _conditions(results)])
+
+
+def _targets(results: Results) -> str:
+    """Return what was to be reached and what was."""
+    full, tenth = (
+        {task: results.gains("mixed", task, ratio) for task in results.tasks if results.gains("mixed", task, "1")}
+        for ratio in ("1", "0.1")
+    )
+    points, nats = ({t: gains for t, gains in full.items() if results.unit[t] == unit} for unit in ("points", "nats"))
+    worst_task = min(map(statistics.mean, points.values()), default=0.0)
+    worst_run = min((min(gains) for gains in points.values()), default=0.0)
+    worst_model = min(map(statistics.mean, nats.values()), default=0.0)
+    better = sum(statistics.mean(gains) > 0 for gains in tenth.values())
+    presets = {arm: _mean_gain(results, arm, "1") for arm in results.arms}
+    worst_preset = min(presets, key=presets.__getitem__)
+    rows = [
+        ("default, mean over tasks at 1", "≥ -0.5", f"{presets['mixed']:+.2f}", presets["mixed"] >= -0.5),
+        ("default, worst task at 1", "≥ -2", f"{worst_task:+.2f}", worst_task >= -2),
+        ("default, worst language model at 1", "≥ -0.02 nats", f"{worst_model:+.3f}", worst_model >= -0.02),
+        ("default, worst run at 1", "≥ -5", f"{worst_run:+.1f}", worst_run >= -5),
+        ("default, tasks better than dense at 0.1", "≥ 10", f"{better} of {len(tenth)}", better >= 10),
+        (
+            "every preset, mean over tasks at 1",
+            "≥ -3",
+            f"{presets[worst_preset]:+.2f} (`{worst_preset}`)",
+            presets[worst_preset] >= -3,
+        ),
+    ]
+    table = _markdown(
+        ["target", "at least", "measured", "holds"], [[*r[:3], "yes" if r[3] else "**no**"] for r in rows]
+    )
+    return f"## Targets\n\n{table}"
+
+
+def _mean_gain(results: Results, arm: str, ratio: str) -> float:
+    """Return what an arm gains on average over the tasks in points."""
+    return statistics.mean(statistics.mean(results.gains(arm, task, ratio)) for task in results.in_points(arm))
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -92,8 +129,7 @@ def _against_dense(results: Results, arm: str) -> str:
                 *(_figure(value, unit) for value in below),
             ]
         )
-    points = results.in_points(arm)
-    means = [statistics.mean(statistics.mean(results.gains(arm, task, ratio)) for task in points) for ratio in RATIOS]
+    means = [_mean_gain(results, arm, ratio) for ratio in RATIOS]
     rows.append(
         ["**mean over tasks in points**", "", f"**{means[0]:+.2f}**", "", *(f"**{m:+.1f}**" for m in means[1:])]
     )

@@ -13,6 +13,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -72,9 +74,13 @@ def main() -> None:
     print(f"{len(wanted)} cells, {len(missing)} to train")
     if missing:
         context = multiprocessing.get_context("spawn")  # forking a process that has used torch may hang
-        with ProcessPoolExecutor(options.workers, context, os.nice, (10,)) as pool:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that workers end as well
+        pool = ProcessPoolExecutor(options.workers, context, os.nice, (10,))
+        try:
             for done in as_completed([pool.submit(_train, cell, options.cells) for cell in missing]):
                 print(done.result(), flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     found = [
         json.loads(path.read_text(encoding="utf-8"))
         for path in (options.cells / cell.name for cell in wanted)
