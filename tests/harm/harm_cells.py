@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -52,8 +53,11 @@ class Cell:
     def run(self) -> dict[str, Any]:
         """Train and return what the file holds."""
         torch.set_num_threads(1)
-        outcome = trial.run(TASKS[self.task](self.seed), self.policy, self.seed)
-        return {"task": self.task, "arm": self.arm, "seed": self.seed, "changes": json.loads(self.changes), **outcome}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outcome = trial.run(TASKS[self.task](self.seed), self.policy, self.seed)
+        words = {"task": self.task, "arm": self.arm, "seed": self.seed, "changes": json.loads(self.changes)}
+        return {**words, **outcome, "warnings": sorted({str(each.message)[:200] for each in caught})}
 
 
 @cache
