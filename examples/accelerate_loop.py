@@ -28,9 +28,9 @@ def main() -> None:
     loader = DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), batch_size=BATCH, shuffle=True)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     steps = EPOCHS * SAMPLES // (BATCH * MICRO_BATCHES * accelerator.num_processes)
-    regimewrap.wrap(model, regimewrap.RegimePolicy.preset("loss-reset", total_steps=steps))
+    regimewrap.wrap(model)
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.02), loader)
-    cycler = AccelerateCycler(accelerator, model)
+    cycler = AccelerateCycler(accelerator, model, "loss-reset", total_steps=steps)
 
     folder = broadcast_object_list([tempfile.mkdtemp()])[0]
     for epoch in range(EPOCHS):

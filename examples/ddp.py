@@ -28,8 +28,8 @@ def main() -> None:
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
-    regimewrap.wrap(model, regimewrap.RegimePolicy.preset("loss-reset", total_steps=STEPS))  # before DDP or fully_shard
-    cycler = regimewrap.RegimeCycler(model)
+    regimewrap.wrap(model, "loss-reset")  # before DDP or fully_shard
+    cycler = regimewrap.RegimeCycler(model, total_steps=STEPS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     if file and file.exists():
         saved = torch.load(file, weights_only=True)

@@ -28,8 +28,7 @@ def main() -> None:
         *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 10)),
     )
-    updates = EPOCHS * TRAINING_IMAGES // BATCH
-    regimewrap.wrap(model, regimewrap.RegimePolicy.preset("loss-reset", total_steps=updates))
+    regimewrap.wrap(model)
     cycler = regimewrap.RegimeCycler(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     for _ in range(EPOCHS):

@@ -34,13 +34,13 @@ def main() -> None:
     """Wrap, shard, train."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), Block(32), Block(32), nn.Linear(32, 1))
-    regimewrap.wrap(model, regimewrap.RegimePolicy.preset("loss-reset", total_steps=STEPS))  # before fully_shard
+    regimewrap.wrap(model, "loss-reset")  # before fully_shard
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")  # "nccl" on GPUs, after torch.cuda.set_device, and a mesh of "cuda"
         for block in (model[1], model[2], model):
             fully_shard(block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     rank = dist.get_rank() if dist.is_initialized() else 0
-    cycler = regimewrap.RegimeCycler(model)
+    cycler = regimewrap.RegimeCycler(model, total_steps=STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
     for step in range(STEPS):
         x = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(step * 1000 + rank))

@@ -40,7 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     x = torch.randn(SAMPLES, 16)
     y = x.sin().sum(1, keepdim=True)
-    regime = RegimeCallback(regimewrap.RegimePolicy.preset("loss-reset", total_steps=EPOCHS * SAMPLES // BATCH))
+    regime = RegimeCallback("loss-reset")  # scaled to the trainer's run
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     module, loader = Regression(), DataLoader(TensorDataset(x, y), batch_size=BATCH, shuffle=True)
     Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[regime], **quiet).fit(module, loader)

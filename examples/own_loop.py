@@ -27,8 +27,7 @@ def main() -> None:
         *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
         *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 10)),
     )
-    updates = EPOCHS * TRAINING_IMAGES // BATCH
-    regimewrap.wrap(model, regimewrap.RegimePolicy.preset("loss-reset", total_steps=updates))
+    regimewrap.wrap(model)
     cycler = regimewrap.RegimeCycler(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
 
@@ -40,7 +39,7 @@ def main() -> None:
             optimizer.zero_grad()
             regime = cycler.step(loss)
         if epoch % 10 == 9:
-            print(f"epoch {epoch + 1}: loss {loss:.3f}, keep ratio {regime.keep_ratio:.2f}, cycle {regime.cycle}")
+            print(f"epoch {epoch + 1}: loss {loss:.3f}, keep ratio {regime.keep_ratio:.2f}")
 
     def evaluate(model: nn.Module) -> float:
         model.eval()

@@ -17,8 +17,6 @@ from timm.task import resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from torch import nn
 
-import regimewrap
-
 EPOCHS, BATCH, TRAINING_IMAGES = 12, 25, 300
 
 
@@ -26,8 +24,7 @@ def make_task() -> RegimeTask:
     """Return the task: timm's ``ClassificationTask``, with the gate and the cycler in it."""
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
-    policy = regimewrap.RegimePolicy.preset("loss-reset", total_steps=EPOCHS * TRAINING_IMAGES // BATCH)
-    return RegimeTask(model, nn.CrossEntropyLoss(), policy=policy)
+    return RegimeTask(model, nn.CrossEntropyLoss(), policy="mixed")
 
 
 def main() -> None:

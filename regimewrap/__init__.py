@@ -16,6 +16,8 @@ from regimewrap.measure.verify import verify
 from regimewrap.policy.policy import CyclePolicy, GatePolicy, RegimePolicy, SitePolicy
 from regimewrap.rewrite.insert import insert_gates
 from regimewrap.serve.calibration import Calibration, calibrate
+from regimewrap.serve.served import Served
+from regimewrap.serve.serving import serve
 from regimewrap.wrap import plan, unwrap, wrap
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "RegimeCycler",
     "RegimePolicy",
     "RegimewrapError",
+    "Served",
     "SitePolicy",
     "Sweep",
     "TopKGate",
@@ -36,6 +39,7 @@ __all__ = [
     "insert_gates",
     "plan",
     "recalibrate_batchnorm",
+    "serve",
     "sweep",
     "unwrap",
     "verify",

@@ -28,8 +28,10 @@ from regimewrap.policy.policy import PRESETS, RegimePolicy, require_ratio
 from regimewrap.recipes.data import load_data
 from regimewrap.recipes.demo import DEMO_WORK, demo_experiment, demo_jobs
 from regimewrap.recipes.models import load_model
+from regimewrap.recipes.study.commands import app as study_app
 from regimewrap.recipes.workers import default_workers, train_jobs
 from regimewrap.report import conclusion, console_table, write_report
+from regimewrap.serve.bench import bench, with_memory
 from regimewrap.wrap import plan as make_plan
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ _RATIOS = "1,0.5,0.2,0.1"
 app = typer.Typer(add_completion=False, help="Train one PyTorch network across many activation budgets.")
 policy_app = typer.Typer(help="Show and check policies.")
 app.add_typer(policy_app, name="policy")
+app.add_typer(study_app, name="study")
 
-_POLICY_HELP = f"A preset ({', '.join(PRESETS)}), rescaled to the run, or a policy file."
+_POLICY_HELP = f"A preset ({', '.join(PRESETS)}), scaled to the run, or a policy file."
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -152,14 +155,14 @@ def train(
 ) -> int:
     """Train a model on your pictures while its budget moves; leave one file that predicts at every budget."""
     from regimewrap.train.folder import Folder
-    from regimewrap.train.run import settings_from
+    from regimewrap.train.settings import settings_from
 
     settings = settings_from({**context.params, "keep_ratios": _ratios(keep_ratios)})
     folder = Folder(
         out,
         data,
         settings,
-        _policy_named(policy),
+        RegimePolicy.of(policy),
         seeds=range(seed, seed + seeds),
         compare=compare,
         device=_device(device),
@@ -197,6 +200,7 @@ def sweep_command(
     run: Annotated[Path, typer.Argument(help=_RUN_HELP)],
     data: Annotated[Path | None, typer.Argument(help="Folder of pictures; else the training's.")] = None,
     keep_ratios: Annotated[str, typer.Option(help=_RATIOS_HELP)] = "1,0.5,0.3,0.2,0.1,0.05",
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Re-estimate BatchNorm at each.")] = False,
     save: Annotated[Path | None, typer.Option(help="A .csv or .json file for the figures.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read pictures.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.")] = None,
@@ -205,7 +209,8 @@ def sweep_command(
     from regimewrap.train import saved, uses
 
     readers = default_workers() if workers is None else workers
-    swept = uses.sweep(saved.load(run, _device(device)), _ratios(keep_ratios), data, readers)
+    trained = saved.load(run, _device(device))
+    swept = uses.sweep(trained, _ratios(keep_ratios), data, workers=readers, recalibrate=recalibrate)
     typer.echo(swept)
     if save is not None:
         swept.save(save)
@@ -231,7 +236,7 @@ def plan(
     policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = "mixed",
 ) -> int:
     """Show which activations of a model would be gated, and why. Changes nothing."""
-    chosen = _policy_named(policy)
+    chosen = RegimePolicy.of(policy)
     planned = make_plan(load_model(model), chosen)
     if not planned.rows:
         raise NoSitesError(f"{model} has no activation that is known; there is nothing to gate.")
@@ -244,13 +249,33 @@ def plan(
     return 0
 
 
+@app.command("bench")
+def bench_command(
+    model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or PACKAGE.MODULE:CALLABLE.")],
+    keep_ratio: Annotated[float, typer.Option(help="The budget to serve at.")] = 0.1,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8",
+    size: Annotated[str, typer.Option("--input", help="Size of one input, without the batch.")] = "3,224,224",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; else torch's own number.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Forward passes of each, in turn.")] = 15,
+) -> int:
+    """Time a model on this machine: dense, by its rivals, and served at a budget. Weights are random."""
+    require_ratio("--keep-ratio", keep_ratio)
+    sizes, batches = _whole_numbers("--input", size), _whole_numbers("--batch", batch)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    built = with_memory(load_model(model))
+    for each in batches:
+        typer.echo(f"{bench(built, torch.randn(each, *sizes), keep_ratio, rounds=rounds)}\n")
+    return 0
+
+
 @policy_app.command("show")
 def policy_show(
     policy: Annotated[str, typer.Argument(help=_POLICY_HELP)] = "mixed",
     steps: Annotated[int | None, typer.Option(min=1, help="Rescale a preset to a run of so many updates.")] = None,
 ) -> None:
     """Print a policy as YAML, ready for a file."""
-    typer.echo(_policy_named(policy, steps).to_yaml(), nl=False)
+    typer.echo(RegimePolicy.of(policy, steps).to_yaml(), nl=False)
 
 
 @policy_app.command("validate")
@@ -264,11 +289,6 @@ def policy_validate(file: Annotated[Path, typer.Argument(help="A policy file, .y
 def policy_schema() -> None:
     """Print the JSON schema of policy files."""
     typer.echo(json.dumps(RegimePolicy.json_schema(), indent=2))
-
-
-def _policy_named(name: str, total_steps: int | None = None) -> RegimePolicy:
-    """Return a preset, rescaled, or the policy in a file as it is."""
-    return RegimePolicy.of(name, total_steps)
 
 
 def _require_plotting() -> None:
@@ -294,6 +314,13 @@ def _ratios(text: str) -> tuple[float, ...]:
         return tuple(require_ratio("--keep-ratios", float(part)) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"expected {_RATIOS} or the like; got {text}", param_hint="'--keep-ratios'") from None
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    words = text.replace("x", ",").split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"{text!r} is not whole numbers with commas.", param_hint=f"'{option}'")
+    return [int(word) for word in words]
 
 
 def _device(name: str | None) -> torch.device:

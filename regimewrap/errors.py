@@ -10,6 +10,7 @@
     │   ├── AlreadyWrappedError          wrap was called twice
     │   ├── NotWrappedError              a wrapped model was needed
     │   └── UnreachableSiteError         the policy selects an activation that no mechanism can gate soundly
+    ├── ServeError (RuntimeError)        a model cannot be served, or not in this way
     ├── BudgetError (RuntimeError)       a forward pass would be repeated for backward at another budget
     ├── SignalError (ValueError)         what was passed to RegimeCycler.step cannot steer it
     ├── StateError (ValueError)          a saved state that belongs to something else, or is damaged
@@ -54,6 +55,10 @@ class NotWrappedError(WrapError):
 
 class UnreachableSiteError(WrapError):
     """The policy selects an activation that no mechanism can gate soundly."""
+
+
+class ServeError(RegimewrapError, RuntimeError):
+    """A model cannot be served, or a served one cannot do this."""
 
 
 class BudgetError(RegimewrapError, RuntimeError):

@@ -135,3 +135,12 @@ def differences(saved: Any, here: Any, path: str = "") -> Iterator[str]:
             yield from differences(saved.get(name), here.get(name), f"{path}.{name}".lstrip("."))
     elif saved != here:
         yield f"{path} is {shown(saved)} in the state and {shown(here)} here"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines with their cells below each other: the first column to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return "\n".join(
+        "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    )

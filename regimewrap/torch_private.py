@@ -51,14 +51,20 @@ def version_of(tensor: Tensor) -> int:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Say whether ``vmap`` maps over a dimension of this tensor that its shape does not show."""
-    return torch._C._functorch.is_batchedtensor(tensor)
+    """Say whether ``vmap``, old or new, maps over a dimension of this tensor that its shape does not show."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def has_saved_tensor_hooks() -> bool:
     """Say whether something packs what autograd saves, as activation checkpointing does."""
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
+
+
+def has_forward_gradients() -> bool:
+    """Say whether derivatives may be computed in forward mode: inside ``forward_ad.dual_level()``."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def functions_so_far() -> int:

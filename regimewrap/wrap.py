@@ -12,6 +12,7 @@ from torch import nn
 from regimewrap.errors import AlreadyWrappedError, NoSitesError, NotWrappedError, UnreachableSiteError, WrapError
 from regimewrap.gate.compiled import notice_hooks
 from regimewrap.gate.gate import TopKGate, at_keep_ratio, find_gate, whole_of
+from regimewrap.measure.batchnorm import of_another_budget
 from regimewrap.measure.verify import verify
 from regimewrap.policy.policy import PolicyLike, RegimePolicy
 from regimewrap.rewrite import apply as rewriting
@@ -145,9 +146,15 @@ def unwrap(model: M) -> M:
             f"{type(root).__name__} is a part ({path}) of a wrapped {type(whole).__name__}; unwrap that. "
             "To leave a part of a model alone, wrap it with sites.exclude."
         )
+    notice = of_another_budget(root, [1.0])
+    served: Any = gate.__dict__.get("served")
+    if served is not None:  # regimewrap.serve changed the model after wrap did, so its changes go first
+        served.close()
     rewriting.undo(root)
     gate.released = True
     _forget_compiled(model)
+    if notice is not None:
+        warnings.warn(notice, RuntimeWarning, stacklevel=2)
     return model
 
 

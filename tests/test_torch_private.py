@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import regimewrap
 from regimewrap import torch_private
@@ -36,7 +38,8 @@ def test_questions_about_what_is_running_are_answered():
     assert not torch_private.is_jit_tracing()
     assert not torch_private.has_dispatch_modes()
     assert not torch_private.has_functorch_transforms()
-    assert not torch_private.is_forward_gradient_enabled() or torch.is_grad_enabled()
+    assert not torch_private.has_forward_gradients()
+    assert torch_private.recomputing_function() is None
     assert not torch_private.has_saved_tensor_hooks()
 
 
@@ -45,6 +48,37 @@ def test_a_backward_pass_is_noticed():
     x = torch.ones(1, requires_grad=True)
     x.register_hook(lambda _: seen.append(torch_private.in_backward()))
     x.sum().backward()
+    assert seen == [True]
+
+
+def test_forward_mode_is_noticed():
+    with torch.autograd.forward_ad.dual_level():
+        assert torch_private.has_forward_gradients()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_function_that_recomputes_is_known_by_the_number_it_got_in_the_forward_pass(use_reentrant):
+    seen = []
+
+    def function(x):
+        seen.append(torch_private.recomputing_function())
+        return x.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    before = torch_private.functions_so_far()
+    y = checkpoint(function, x, use_reentrant=use_reentrant)
+    after = torch_private.functions_so_far()
+    y.sum().backward()
+    assert seen[0] is None
+    assert seen[1] is None if not use_reentrant else before <= seen[1] < after
+
+
+def test_what_grads_are_batched_over_is_noticed():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 1
+    y.register_hook(lambda grad: seen.append(torch_private.is_batched(grad)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
     assert seen == [True]
 
 

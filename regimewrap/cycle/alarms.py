@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Updates after which a gate that has not cut anything is reported, where no length of the run is known.
 PATIENCE = 1000
+# A ratio that begins at 1 needs a few updates to come down, also in a run that only tries things out.
+_FIRST_LOOK = 20
 #: Updates in a row that train the model past its gate before ``step`` refuses.
 DOUBTS = 8
 
@@ -91,7 +93,7 @@ class Alarms:
 
     def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
         """Return what to say, once, if no gate has cut anything in a tenth of the run."""
-        deadline = policy.warmup + (PATIENCE if total_steps is None else max(1, total_steps // 10))
+        deadline = policy.warmup + (PATIENCE if total_steps is None else max(_FIRST_LOOK, total_steps // 10))
         if updates != deadline or self._has_cut or isinstance(policy.strategy, Dense) or not gate.sites:
             return None
         if self._below and not self._passed:  # a loop that only counts
@@ -146,20 +148,21 @@ def still_driven(cycler: RegimeCycler, gates: list[TopKGate]) -> list[TopKGate]:
         WrapError: the model was unwrapped, or a newer cycler drives it.
     """
     for gate in gates:
+        if gate.driver is not None and gate.driver() is cycler:
+            continue
         other = other_driver(cycler, gate)
         if other is not None:
             raise WrapError(
                 f"this RegimeCycler no longer drives its model: a newer one, {other!r}, has taken over. Step that one, "
                 "and make one cycler a model."
             )
-        if gate.driver is None or gate.driver() is not cycler:
-            gate.driver = weakref.ref(cycler)
+        gate.driver = weakref.ref(cycler)
     if gates[0].released:
         raise WrapError(
             "this RegimeCycler drives nothing: its model was unwrapped. If it is wrapped again, make a new "
             "RegimeCycler(model); a saved state goes on in that with load_state_dict."
         )
-    return [gate for gate in gates if not gate.released] if any(gate.released for gate in gates) else gates
+    return gates if len(gates) == 1 else [gate for gate in gates if not gate.released]
 
 
 def _versions(gate: TopKGate) -> int:

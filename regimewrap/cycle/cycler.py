@@ -42,11 +42,10 @@ class RegimeCycler:
     Between two decisions a step only stores its value: no device is waited for and no rank is asked. At a decision
     the stored values are fetched in one transfer, smoothed in Python floats and averaged over ranks (one all-reduce);
     rank 0's decision is broadcast, so that all ranks hold the same ratio, bit for bit. Strategies that need no signal
-    do none of this. The best value, from which a fall is measured, is the best of all decisions: in between, no rank
-    knows the mean.
+    do none of this. A best value is one of a decision: in between, no rank knows the mean.
 
-    A cycler drives one model, with averaged copies of it that were bound. A newer cycler takes over; the older one then
-    refuses to step. Each reset is logged, on one line, to the logger ``regimewrap``.
+    A newer cycler of the same model takes over; the older one then refuses to step. Each reset is one line of the
+    logger ``regimewrap``.
 
     ``copy.deepcopy((model, cycler))``, in this order, gives a copied model with a cycler of its own; the same goes for
     pickle. For another model use ``state_dict``.
@@ -88,7 +87,7 @@ class RegimeCycler:
         self._gates = [gate]
         self._met = False  # whether the ranks have come together at the end of a step
         self._alarms = Alarms()
-        self._notices: list[str] = []  # said at the end of a step: where warnings are errors, nothing is left undone
+        self._notices: list[str | None] = []  # said at the end of a step, when nothing is left undone
         self._history: deque[Decision] = deque(maxlen=HISTORY)
         self._take(State.at_start(self.policy), updates=0, pending=[])
         gate.driver = weakref.ref(self)
@@ -131,11 +130,7 @@ class RegimeCycler:
         )
 
     def bind(self, model: nn.Module | TopKGate) -> None:
-        """Drive one more wrapped model, such as an averaged copy for evaluation, from now on.
-
-        Raises:
-            NotWrappedError: the model is not wrapped.
-        """
+        """Drive one more wrapped model, such as an averaged copy, from now on; ``NotWrappedError`` if it is bare."""
         gate = _gate(model)
         if all(gate is not known for known in self._gates):
             if gate.network is not None and self._networks:
@@ -182,12 +177,11 @@ class RegimeCycler:
             end_step(self._networks, self._updates, meet=not self._met)
             self._met = True
         self._alarms.after(self._gates[0], self._updates, regime.keep_ratio)
-        self._notice(self._alarms.too_long(self._updates, self.policy.scaled_to))
-        self._notice(self._alarms.never_bound(self._gates[0], self._updates, self.policy, self.total_steps))
-        if self._notices:
-            notices, self._notices = self._notices, []
-            for notice in notices:
-                warnings.warn(notice, RuntimeWarning, stacklevel=2)
+        self._notices.append(self._alarms.too_long(self._updates, self.policy.scaled_to))
+        self._notices.append(self._alarms.never_bound(self._gates[0], self._updates, self.policy, self.total_steps))
+        notices, self._notices = self._notices, []
+        for notice in filter(None, notices):
+            warnings.warn(notice, RuntimeWarning, stacklevel=2)
         return regime
 
     def fast_forward(self, updates: int) -> Regime:
@@ -291,10 +285,6 @@ class RegimeCycler:
             if other_driver(self, gate) is None:  # a gate of the copy's own
                 gate.driver = weakref.ref(self)
 
-    def _notice(self, text: str | None) -> None:
-        if text is not None:
-            self._notices.append(text)
-
     def _take(self, state: State, *, updates: int, pending: Sequence[Tensor | float]) -> None:
         self._state, self._updates, self._pending = state, updates, list(pending)
         self._between = Regime(state.keep_ratio, state.phase, state.cycle, None)
@@ -315,9 +305,8 @@ class RegimeCycler:
         return self._between
 
     def _decide(self, value: Tensor | float | None) -> Regime:
-        before, values = self._state, None
-        if value is not None:
-            values = signal.fetched([*self._pending, value])
+        before = self._state
+        values = None if value is None else signal.fetched([*self._pending, value])
         try:
             state, record = decided(self.policy, before, values, self._updates, self._place(), self.check_sync)
         except RefusedError as error:
@@ -327,14 +316,14 @@ class RegimeCycler:
         self._history.append(record)
         self._take(state, updates=self._updates + 1, pending=[])
         if state.skipped and before.skipped == 0:
-            self._notice(
+            self._notices.append(
                 f"{state.skipped} of the last {self.policy.every} values of {self.policy.monitor} were not finite and "
                 "are left out; RegimeCycler.skipped goes on counting, this warning is not repeated."
             )
         if self.policy.strategy.needs_signal:
             held = state.held * self.policy.every
             floor = getattr(self.policy.strategy, "floor", None)
-            self._notice(self._alarms.stuck(floor, state.keep_ratio, held, self._updates - held - state.began))
+            self._notices.append(self._alarms.stuck(floor, state.keep_ratio, held, self._updates - held - state.began))
         if state.cycle > before.cycle:
             bound = "" if self._alarms.bound is None else f"; {self._alarms.bound:.0%} of the gates were bound"
             _log.info(

@@ -7,18 +7,19 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
 from regimewrap import torch_private
-from regimewrap.errors import BudgetError
+from regimewrap.errors import BudgetError, PolicyError
 from regimewrap.gate.find import gate_of
 from regimewrap.policy.policy import require_ratio
 from regimewrap.topk import sampling
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from regimewrap.gate.gate import TopKGate
 
@@ -32,6 +33,20 @@ class Setting(NamedTuple):
     keep_ratio: float
     full_share: float = 0.0
     update: int = 0
+
+    @classmethod
+    def checked(cls, keep_ratio: float, full_share: float, update: int) -> Setting:
+        """Return what a user set.
+
+        Raises:
+            PolicyError: a value is out of range or not a number.
+        """
+        ratio = require_ratio("keep_ratio", keep_ratio)
+        if isinstance(full_share, bool) or not isinstance(full_share, Real) or not 0.0 <= full_share < 1.0:
+            raise PolicyError(f"full_share must be a fraction in [0, 1); got {full_share!r}.")
+        if isinstance(update, bool) or not isinstance(update, int) or update < 0:
+            raise PolicyError(f"update must be a whole number of updates, 0 or more; got {update!r}.")
+        return cls(ratio, float(full_share), update)
 
     def __str__(self) -> str:
         rows = f", {self.full_share:g} of the rows dense as in update {self.update}" if self.full_share else ""
@@ -63,6 +78,7 @@ class Budget:
             self.keep_ratio = torch.full((), settled.keep_ratio, dtype=torch.float64, device="cpu")
             self.dense_rows = torch.tensor(settled[1:], dtype=torch.float64, device="cpu")
             self._share, self._update = self.dense_rows[0], self.dense_rows[1]
+        self._recorded = False  # in a CUDA graph
         self._blocks: dict[object, _Block] = {}  # the last one holds
         # What was in force while autograd's functions from one number to another were called, in one thread.
         self._past: deque[tuple[int, int, Setting]] = deque(maxlen=_REMEMBERED)
@@ -71,6 +87,14 @@ class Budget:
 
     def settle(self, setting: Setting) -> None:
         """Set what holds outside of blocks."""
+        if self._recorded and setting != self.settled:
+            self._recorded = False
+            warnings.warn(  # first of all: where warnings are errors, nothing has changed
+                f"a CUDA graph was recorded at {self.settled} and replays that, not {setting}; "
+                "record it again after each change, or use torch.compile, which reads the budget in every run.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         self.settled = setting
         if not self._blocks:
             self._remember()
@@ -122,6 +146,19 @@ class Budget:
             self._share.fill_(now.full_share)
         if now.update != before.update:
             self._update.fill_(now.update)
+
+    def look(self, x: Tensor) -> None:
+        """Take notice of what a compiler must not trace: backward passes that repeat a forward pass, and CUDA graphs.
+
+        Raises:
+            BudgetError: see ``check_recomputation``.
+        """
+        if torch_private.in_backward():
+            self.check_recomputation()
+        elif not torch.is_grad_enabled():
+            self.note_caller()
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._recorded = True
 
     def note_caller(self) -> None:
         """Take notice of the thread that calls the gate without gradients, as checkpoints do in their forward pass."""

@@ -8,17 +8,14 @@ units survive is the business of ``topk``. This file is the door of the room: wh
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regimewrap import torch_private
 from regimewrap.errors import PolicyError, SelectionError
 from regimewrap.gate.budget import Budget, Setting, at_keep_ratio
 from regimewrap.gate.compiled import notice_hooks
@@ -35,8 +32,6 @@ __all__ = [
     "GATE_ATTRIBUTE",
     "SITES_ATTRIBUTE",
     "GateSample",
-    "Observer",
-    "Recorder",
     "Site",
     "SiteGate",
     "TopKGate",
@@ -82,25 +77,16 @@ class TopKGate:
         self._recorder: Recorder | None = None
         # False while somebody only looks: what runs meanwhile is no part of a step.
         self._counts = True
-        # Somebody recorded a CUDA graph at the budget as it is now.
-        self._in_cuda_graph = False
         self._told = Told()
         rule = self.policy.gate
-        self._rule: dict[str, Any] = {
-            "scope": rule.scope,
-            "score": rule.score,
-            "relative_to": rule.relative_to,
-            "ties": rule.ties,
-            "gradient": rule.gradient,
-        }
+        words = ("scope", "score", "relative_to", "ties", "gradient")
+        self._rule: dict[str, Any] = {word: getattr(rule, word) for word in words}
         self._relu_rule = {name: value for name, value in self._rule.items() if name not in ("score", "gradient")}
         self._masked = rule.gradient == "masked"
         self._min_units = self.policy.sites.min_units
-        self._eval_ratio = (
-            None
-            if rule.eval_keep_ratio == "current"
-            else torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
-        )
+        self._eval_ratio: Tensor | None = None
+        if rule.eval_keep_ratio != "current":
+            self._eval_ratio = torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
         self._dense_in_eval = rule.eval_keep_ratio == 1.0
         self.network: NetworkThreshold | None = None
         if rule.scope == "network":
@@ -129,12 +115,7 @@ class TopKGate:
         >>> gate.keep_ratio, gate.dense_rows
         (tensor(0.1000, dtype=torch.float64), tensor([0.5000, 3.0000], dtype=torch.float64))
         """
-        ratio = require_ratio("keep_ratio", keep_ratio)
-        if isinstance(full_share, bool) or not isinstance(full_share, Real) or not 0.0 <= full_share < 1.0:
-            raise PolicyError(f"full_share must be a fraction in [0, 1); got {full_share!r}.")
-        if isinstance(update, bool) or not isinstance(update, int) or update < 0:
-            raise PolicyError(f"update must be a whole number of updates, 0 or more; got {update!r}.")
-        self._settle(Setting(ratio, float(full_share), update))
+        self._settle(Setting.checked(keep_ratio, full_share, update))
 
     def set_keep_ratio(self, keep_ratio: float) -> None:
         """Set the share of units kept at every site, and leave the share of dense rows as it is.
@@ -155,14 +136,6 @@ class TopKGate:
         self._settle(self._budget.settled._replace(keep_ratio=require_ratio("keep_ratio", keep_ratio)))
 
     def _settle(self, setting: Setting) -> None:
-        if self._in_cuda_graph and setting != self._budget.settled:
-            self._in_cuda_graph = False
-            warnings.warn(  # first of all: where warnings are errors, nothing has changed
-                f"a CUDA graph was recorded at {self._budget.settled} and replays that, not {setting}; "
-                "record it again after each change, or use torch.compile, which reads the budget in every run.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
         self._budget.settle(setting)
         self._aim()
 
@@ -175,16 +148,17 @@ class TopKGate:
     @contextmanager
     def forcing(self, keep_ratio: float) -> Iterator[None]:
         """Let all rows run at a ratio; see ``at_keep_ratio``."""
-        with self._budget.forcing(keep_ratio):
+        try:
+            with self._budget.forcing(keep_ratio):
+                self._aim()
+                yield
+        finally:
             self._aim()
-            yield
-        self._aim()
 
     def sample_next(self) -> None:
         """From now on note, in train mode and outside of ``at_keep_ratio``, which calls of the gate cut anything.
 
-        The operators do so themselves: compiled code and fused ReLUs are seen too. It costs two passes over each
-        activation until ``take_sample``, and nothing afterwards.
+        Compiled code does too. It costs two passes over each activation until ``take_sample``.
         """
         sampling.begin(self.keep_ratio)
 
@@ -222,9 +196,10 @@ class TopKGate:
         Args:
             training: the mode of the module that owns the site.
         """
-        if self.observers or self._recorder is not None or self._fixed() or torch.compiler.is_compiling():
-            return True
-        return float(self._ratio(training)) < 1.0
+        return bool(self.observers or self._recorder is not None or self._fixed()) or self._cuts(training)
+
+    def _cuts(self, training: bool) -> bool:
+        return torch.compiler.is_compiling() or float(self._ratio(training)) < 1.0
 
     def __call__(self, x: Tensor, site: Site, training: bool) -> Tensor:
         """Gate one activation's output.
@@ -264,9 +239,7 @@ class TopKGate:
 
     def _watched_relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
         # Autograd must save what it does when nobody watches, as a checkpoint may have one pass watched of two.
-        y = x
-        if torch.compiler.is_compiling() or float(self._ratio(training)) < 1.0:
-            y = self._select(x, site, training, relu_gate)
+        y = self._select(x, site, training, relu_gate) if self._cuts(training) else x
         if y is x:
             before = y = function(x)
         else:
@@ -278,48 +251,38 @@ class TopKGate:
 
     def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._look(x)
+            self._budget.look(x)
         fixed = self._fixed()
         if fixed is not None:
             return self._cut(x, fixed.get(site.name))
         forced = self._budget.forced
         if self._dense_in_eval and not training and not forced:
             return x
-        if x.dim() == 1 and self._rule["scope"] == "sample" and self.acts(training):
+        if x.dim() == 1 and self._rule["scope"] == "sample" and self._cuts(training):
             self._told.of_single_units(x, site)
         if self._min_units > 1 and x.dim() > 0 and x.numel() < self._min_units * x.shape[0]:
             return x
         dense_rows = self.dense_rows if training else None
-        if self.network is not None:
-            counted, in_eval = training and not forced and self._counts, not (training or forced)
-            relu = select is relu_gate
-            try:
-                return self.network.select(x, dense_rows=dense_rows, in_eval=in_eval, counted=counted, relu=relu)
-            except SelectionError as error:
-                raise SelectionError(f"{site.name}: {error}") from None
-        channel_dim = site.channel_dim
-        if channel_dim is None:
-            if x.dim() > 3 and self._rule["scope"] == "position":
-                raise SelectionError(
-                    f"{site.name}: nothing tells which dimension of {tuple(x.shape)} holds the channels; set "
-                    "gate.channel_dim in the policy (1 for images, -1 for channels last), or exclude the site."
-                )
-            channel_dim = -1
-        rule = self._rule if select is topk_gate else self._relu_rule
-        where = {"channel_dim": channel_dim, "multiplier": site.multiplier}
         try:
+            if self.network is not None:
+                counted, in_eval = training and not forced and self._counts, not (training or forced)
+                relu = select is relu_gate
+                return self.network.select(x, dense_rows=dense_rows, in_eval=in_eval, counted=counted, relu=relu)
+            rule = self._rule if select is topk_gate else self._relu_rule
+            where: dict[str, Any] = {"channel_dim": self._channel_dim(x, site), "multiplier": site.multiplier}
             return select(x, self._ratio(training), dense_rows=dense_rows, **where, **rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
 
-    def _look(self, x: Tensor) -> None:
-        """Take notice of what a compiler must not trace: backward passes that repeat us, and recorded CUDA graphs."""
-        if not torch.is_grad_enabled():
-            self._budget.note_caller()
-        elif torch_private.in_backward():
-            self._budget.check_recomputation()
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._in_cuda_graph = True
+    def _channel_dim(self, x: Tensor, site: Site) -> int:
+        if site.channel_dim is not None:
+            return site.channel_dim
+        if x.dim() > 3 and self._rule["scope"] == "position":
+            raise SelectionError(
+                f"nothing tells which dimension of {tuple(x.shape)} holds the channels; set gate.channel_dim in the "
+                "policy (1 for images, -1 for channels last), or exclude the site."
+            )
+        return -1
 
     def _cut(self, x: Tensor, threshold: float | None) -> Tensor:
         # One standard operation, which keeps NaN and the memory format, and which every exporter knows.
@@ -356,25 +319,23 @@ class TopKGate:
         if root is not None and id(root) not in memo:
             # Only a part of the model is being copied (as PEFT does for modules_to_save): it stays under this gate.
             return self
-        twin = object.__new__(TopKGate)
-        twin.__dict__.update(self.__dict__)
-        memo[id(self)] = twin
-        twin._budget = copy.deepcopy(self._budget, memo)
-        twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
-        twin.network = copy.deepcopy(self.network, memo)
-        twin.observers, twin.driver, twin._told = [], None, Told()
+        twin = self._twin(memo)
         if root is not None:
             twin.anchor(memo[id(root)])
         return twin
 
+    def _twin(self, memo: dict[int, Any]) -> TopKGate:
+        """Return a copy without what belongs to this one alone: its model, who watches or drives it, open blocks."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._budget = copy.deepcopy(self._budget, memo)
+        twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
+        twin.network = copy.deepcopy(self.network, memo)
+        twin.observers, twin.driver, twin._root, twin._told = [], None, None, Told()
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        # Neither a weak reference nor somebody's observer belongs in a file, nor a ratio that is forced for a while.
-        root, self._root = self._root, None
-        try:
-            twin = copy.deepcopy(self)
-        finally:
-            self._root = root
-        return twin.__dict__
+        return self._twin({}).__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

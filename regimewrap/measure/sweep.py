@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from regimewrap.errors import DataError, MissingExtraError, PolicyError, WrapError
 from regimewrap.files import write_whole
 from regimewrap.gate.gate import at_keep_ratio, gate_of
+from regimewrap.measure.batchnorm import layers_with_statistics, of_another_budget, remember
 from regimewrap.policy.policy import require_ratio
 
 
@@ -37,6 +39,9 @@ class Sweep:
     """
 
     values: Mapping[float, float]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _swept, (dict(self.values),)  # a read-only view can be neither copied nor pickled
 
     def __str__(self) -> str:
         rows = [("keep ratio", "value"), *((f"{ratio:g}", f"{value:.4f}") for ratio, value in self.values.items())]
@@ -80,6 +85,10 @@ class Sweep:
         save_figures(path, "a sweep", values, [("keep_ratio", "value"), *self.values.items()])
 
 
+def _swept(values: dict[float, float]) -> Sweep:
+    return Sweep(MappingProxyType(values))
+
+
 def sweep(
     model: nn.Module,
     evaluate: Callable[[nn.Module], SupportsFloat],
@@ -97,18 +106,25 @@ def sweep(
         NotWrappedError: the model is not wrapped.
         PolicyError: there is no ratio, or one is outside (0, 1].
         WrapError: ``evaluate`` returned something other than a number.
+
+    BatchNorm's running statistics belong to one budget. Where they were taken at another one than a budget evaluated,
+    a warning says so; ``evaluate`` may call ``recalibrate_batchnorm`` first.
     """
     gate_of(model)
     ratios = [require_ratio("keep_ratios", ratio) for ratio in keep_ratios]
     if not ratios:
         raise PolicyError("keep_ratios must hold at least one fraction in (0, 1]; got none.")
     values: dict[float, float] = {}
+    notice: str | None = None
     with modes_restored(model), torch.no_grad():
         model.eval()
         for ratio in ratios:
             with at_keep_ratio(model, ratio):
                 values[ratio] = metric(evaluate(model))
-    return Sweep(MappingProxyType(values))
+            notice = notice or of_another_budget(model, [ratio])
+    if notice is not None:
+        warnings.warn(notice, RuntimeWarning, stacklevel=2)
+    return _swept(values)
 
 
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], keep_ratio: float) -> None:
@@ -130,7 +146,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], keep_ratio: f
         DataError: the loader gave no batch, or a batch of another kind.
     """
     gate_of(model)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = layers_with_statistics(model)
     if not layers:
         raise WrapError(
             f"{type(model).__name__} has no BatchNorm layer with running statistics; there is nothing to recalibrate."
@@ -145,6 +161,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], keep_ratio: f
             batches += 1
         if batches == 0:
             raise DataError("the loader gave no batch; BatchNorm needs at least one to recalibrate from.")
+    remember(model, require_ratio("keep_ratio", keep_ratio))
 
 
 def save_figures(path: str | os.PathLike[str], what: str, values: Any, table: Iterable[Iterable[Any]]) -> None:

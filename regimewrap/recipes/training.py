@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regimewrap.recipes.data import ImageData, ImageSet
 
 _TEST_BATCH = 500
+_LOOKS = 200  # in a run whose ratio moves at each update
 
 
 @final
@@ -99,9 +100,10 @@ def train_run(
     total_steps = settings.total_steps(len(data.train))
     torch.manual_seed(seed)
     model = wrap(build_model(settings.arch, data).to(device), policy)
-    cycler = RegimeCycler(model)
+    cycler = RegimeCycler(model, total_steps=total_steps)
     optimizer, schedule = _optimizer(model, settings, total_steps)
-    recorder = _Recorder(model, policy.cycle.every)
+    cycle = cycler.policy
+    recorder = _Recorder(model, max(1, total_steps // _LOOKS) if cycle.strategy.each_update else cycle.every)
     model.train()
     for x, y in _batches(data.train, settings, seed, device):
         with recorder.watching():
@@ -152,7 +154,7 @@ def _batches(
 
 @final
 class _Recorder:
-    """Keeps what ``results.Run`` wants to know, and looks at the gates only at the update before a decision.
+    """Keeps what ``results.Run`` wants to know, and looks at the gates only at every ``every``-th update.
 
     Looking at every gate at every update would cost a few per cent, and reading the loss waits for the device.
     """

@@ -47,7 +47,7 @@ class WideResNet(nn.Module):
 
     Args:
         depth: 6n + 4 for n blocks a stage: 10, 16, 22, 28, ...
-        width: multiplier of the stages' 16, 32 and 64 channels.
+        width: multiplier of the stages' 16, 32 and 64 channels; a fraction is rounded to whole channels.
         num_classes: outputs of the linear layer.
         in_channels: channels of the images.
         norm: ``"rms"`` (per pixel over channels, with gain and bias) or ``"batch"``.
@@ -62,7 +62,7 @@ class WideResNet(nn.Module):
     def __init__(
         self,
         depth: int,
-        width: int,
+        width: float,
         num_classes: int = 10,
         *,
         in_channels: int = 3,
@@ -84,8 +84,9 @@ class WideResNet(nn.Module):
             blocks: list[nn.Module] = []
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, base * width, stride, make_norm))
-                channels = base * width
+                wide = max(1, round(base * width))
+                blocks.append(block(channels, wide, stride, make_norm))
+                channels = wide
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.head = head(channels, num_classes, make_norm)
@@ -204,12 +205,12 @@ _BLOCKS: dict[str, type[_BlockParts]] = {"module": _ModuleBlock, "function": _Fu
 _HEADS: dict[str, type[_HeadParts]] = {"module": _ModuleHead, "function": _FunctionHead}
 
 
-def _check_size(depth: int, width: int) -> None:
+def _check_size(depth: int, width: float) -> None:
     if depth < 10 or (depth - 4) % 6:
         below = 4 + 6 * max(1, (depth - 4) // 6)
         nearest = f"{below} and {below + 6}" if depth > 10 else "10"
         raise PolicyError(f"depth must be 6n + 4 with n at least 1; got {depth}. Nearest: {nearest}.")
     if depth > MAX_DEPTH:
         raise PolicyError(f"depth must be at most {MAX_DEPTH}; got {depth}.")
-    if not 1 <= width <= MAX_WIDTH:
+    if not 0 < width <= MAX_WIDTH:
         raise PolicyError(f"width must be in 1..{MAX_WIDTH}; got {width}.")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from regimewrap.report.summary import TIE_RULE, accuracy, bound_share, budget, keep_ratios, percent_spread
+from regimewrap.report.statistics import TIE_RULE
+from regimewrap.report.summary import accuracy, bound_share, budget, keep_ratios, percent_spread
 from regimewrap.report.tables import accuracy_caption, cycles
 from regimewrap.report.words import conclusion
 

@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import fmean, stdev, variance
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
+
+from regimewrap.report.statistics import compared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regimewrap.report.results import Arm, Experiment
-
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom. The last serves all larger counts, to be safe.
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
-
-# Two seeds can agree to the last digit by chance; below this difference of accuracies we never speak of a lead.
-_SMALLEST_LEAD = 0.002
-
-TIE_RULE = (
-    "Two arms tie when zero lies within the 95 % confidence interval of the difference of their means "
-    "(Welch's t over seeds), or when the means differ by less than 0.2 points. Each comparison stands alone: "
-    "of twenty between arms that are alike, one would show a difference by chance."
-)
+    from regimewrap.report.statistics import Difference
 
 
 @dataclass(frozen=True)
@@ -86,17 +77,20 @@ def reference_arm(experiment: Experiment) -> Arm | None:
     return None
 
 
-def tie(a: Spread, b: Spread) -> bool:
-    """Whether seeds do not tell ``a`` from ``b``, by ``TIE_RULE``. True when either has fewer than two values."""
-    n, m = len(a.values), len(b.values)
-    if n < 2 or m < 2:
-        return True
-    ours, theirs = variance(a.values) / n, variance(b.values) / m
-    squared_error = ours + theirs
-    # Welch: arms differ in spread, a compressed one most of all.
-    freedom = squared_error**2 / (ours**2 / (n - 1) + theirs**2 / (m - 1)) if squared_error > 0 else 1.0
-    half_width = _T95[min(math.floor(freedom + 1e-9), len(_T95)) - 1] * math.sqrt(squared_error)
-    return abs(fmean(a.values) - fmean(b.values)) <= max(half_width, _SMALLEST_LEAD)
+def compare(experiment: Experiment, reference: Arm, keep_ratio: str) -> dict[str, Difference]:
+    """Compare each other arm with ``reference`` at a keep ratio, paired by seed; see ``statistics.TIE_RULE``.
+
+    Raises:
+        MissingExtraError: scipy is missing.
+    """
+
+    def by_seed(arm: Arm) -> dict[int, float]:
+        return {
+            run.seed: run.accuracy[keep_ratio] for run in experiment.runs_of(arm.name) if keep_ratio in run.accuracy
+        }
+
+    others = {arm.name: by_seed(arm) for arm in experiment.arms if arm is not reference}
+    return compared(others, by_seed(reference))
 
 
 def percent(value: float | None) -> str:

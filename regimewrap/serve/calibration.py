@@ -12,26 +12,25 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, SupportsFloat, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from regimewrap.errors import DataError, PolicyError, StateError
-from regimewrap.files import write_whole
+from regimewrap.files import columns, write_whole
 from regimewrap.gate.gate import Site, TopKGate, at_keep_ratio, gate_of
-from regimewrap.measure.sweep import metric, modes_restored, run_batch, save_figures
+from regimewrap.measure.sweep import metric, modes_restored, run_batch
 from regimewrap.measure.telemetry import watch
 from regimewrap.policy.policy import require_ratio
+from regimewrap.serve.comparison import CalibrationReport, Comparison
+from regimewrap.serve.histogram import Recorder
 from regimewrap.sites.probe import untouched
 
 #: The budgets that are calibrated unless others are asked for: even steps on a logarithmic axis, more or less.
 KEEP_RATIOS = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
-
-_ZERO_BIN = 0x8000
 
 
 class _Record(BaseModel):
@@ -191,7 +190,7 @@ class Calibration(_Record):
         for site in self.sites:
             values = [f"{_between(self.keep_ratios, site.thresholds, ratio):.4g}" for ratio in shown if site.thresholds]
             rows.append((site.name, *(values or ["never ran"])))
-        return f"{self.model}: thresholds by keep ratio\n{_table(rows)}"
+        return f"{self.model}: thresholds by keep ratio\n{columns(rows)}"
 
     def _check(self, gate: TopKGate, name: str) -> None:
         """Refuse a model whose gate this calibration does not describe."""
@@ -225,55 +224,6 @@ class Applied:
         self.remove()
 
 
-@final
-@dataclass(frozen=True)
-class Comparison:
-    """One budget, with the gate's selection and with thresholds; densities are shares of units that are not zero."""
-
-    keep_ratio: float
-    density_selected: float
-    density_fixed: float
-    selected: float
-    fixed: float
-
-    @property
-    def difference(self) -> float:
-        """What thresholds add to the metric; below zero where they lose."""
-        return self.fixed - self.selected
-
-
-@final
-@dataclass(frozen=True)
-class CalibrationReport:
-    """Thresholds compared with selection, a row for each budget. Prints as a table."""
-
-    rows: tuple[Comparison, ...]
-
-    def __str__(self) -> str:
-        head = ("keep ratio", "density selected", "density fixed", "value selected", "value fixed", "difference")
-        return _table(
-            [
-                head,
-                *(
-                    (f"{row.keep_ratio:g}", *(f"{value:.4f}" for value in astuple(row)[1:]), f"{row.difference:+.4f}")
-                    for row in self.rows
-                ),
-            ]
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``.json`` (a list of rows) or ``.csv``, whole or not at all.
-
-        Raises:
-            DataError: the suffix is another one, or the file cannot be written.
-        """
-        names = [*(field.name for field in fields(Comparison)), "difference"]
-        table = [(*astuple(row), row.difference) for row in self.rows]
-        finite = [[value if math.isfinite(value) else None for value in row] for row in table]
-        values = [dict(zip(names, row, strict=True)) for row in finite]
-        save_figures(path, "a report", values, [names, *table])
-
-
 def calibrate(model: nn.Module, loader: Iterable[Any], keep_ratios: Iterable[float] = KEEP_RATIOS) -> Calibration:
     """Find, for each site and budget, the fixed threshold that keeps as many units as the gate's selection does.
 
@@ -301,7 +251,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], keep_ratios: Iterable[flo
     ratios = sorted({require_ratio("keep_ratios", ratio) for ratio in keep_ratios})
     if not ratios:
         raise PolicyError("keep_ratios must hold at least one fraction in (0, 1]; got none.")
-    recorders = {ratio: _Recorder(rule.score) for ratio in ratios}
+    recorders = {ratio: Recorder(rule.score) for ratio in ratios}
     batches = 0
     with untouched(model), modes_restored(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()
@@ -324,86 +274,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], keep_ratios: Iterable[flo
     )
 
 
-class _Recorder:
-    """What each site saw, at one budget, and how much of it the selection kept."""
-
-    def __init__(self, score: str) -> None:
-        self.batch = 0
-        self.seen: dict[str, _Histogram] = {}
-        self._magnitude = score == "magnitude"
-
-    def __call__(self, site: Site, before: Tensor, after: Tensor) -> float:
-        if before.is_meta:
-            raise DataError(f"{site.name}: the model has no values to calibrate with (it is on the meta device).")
-        score = (before.abs() if self._magnitude else before).float()
-        if not bool(score.isfinite().all()):
-            raise DataError(
-                f"{site.name}: an activation was NaN or infinite in batch {self.batch} (counted from 0). "
-                "Leave that batch out, or look for the cause in the bare model."
-            )
-        histogram = self.seen.setdefault(site.name, _Histogram())
-        histogram.add(score, int(after.count_nonzero()))
-        return self.threshold(site.name)
-
-    def threshold(self, site: str) -> float:
-        """Return a site's threshold as far as is known."""
-        histogram = self.seen[site]
-        # A magnitude that is left alone must not be cut where it is smaller than it ever was here.
-        return 0.0 if self._magnitude and not histogram.binds else histogram.threshold
-
-
-class _Histogram:
-    """Counts of scores that are not zero, by the upper 16 bits of their float32 pattern.
-
-    Floats order like integers if the patterns of negative ones are turned round. A bin is narrower than 0.8 % of its
-    values, and includes its upper edge: bfloat16 values are edges. Empty bins take no memory.
-    """
-
-    def __init__(self) -> None:
-        self._bins = torch.empty(0, dtype=torch.int64)  # ascending
-        self._counts = torch.empty(0, dtype=torch.int64)
-        self._kept = 0
-
-    def add(self, score: Tensor, kept: int) -> None:
-        """Count the scores of one call, and how many of those that are not zero the selection kept."""
-        bits = score.contiguous().view(torch.int32).flatten()
-        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        counts = torch.bincount(((order + 0xFFFF) >> 16) + _ZERO_BIN, minlength=_ZERO_BIN + 1).cpu()
-        counts[_ZERO_BIN] = 0
-        bins = counts.nonzero().squeeze(1)
-        self._bins, place = torch.unique(torch.cat((self._bins, bins)), return_inverse=True)
-        merged = torch.zeros_like(self._bins)
-        self._counts = merged.index_add_(0, place, torch.cat((self._counts, counts[bins])))
-        self._kept += kept
-
-    @property
-    def binds(self) -> bool:
-        """Whether the selection cut anything that was not zero already."""
-        return self._kept < int(self._counts.sum())
-
-    @property
-    def threshold(self) -> float:
-        """The bin edge above which there are as many scores, as nearly as edges allow, as the selection kept."""
-        if not len(self._bins):
-            return 0.0
-        if self._kept == 0:  # as it may be in network scope
-            return _edge(int(self._bins[-1]) + 1)
-        above = self._counts.flip(0).cumsum(0).flip(0)  # scores in each bin and those above it
-        first = max(int((above >= self._kept).sum()) - 1, 0)
-        if first + 1 < len(above) and self._kept - above[first + 1] < above[first] - self._kept:
-            first += 1
-        return _edge(int(self._bins[first]))
-
-
-def _edge(place: int) -> float:
-    """Return the lower edge of a bin."""
-    order = (place - _ZERO_BIN - 1) << 16
-    bits = order if order >= 0 else order ^ 0x7FFFFFFF
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
-
-
 @contextmanager
-def _recording(gate: TopKGate, recorder: _Recorder) -> Iterator[None]:
+def _recording(gate: TopKGate, recorder: Recorder) -> Iterator[None]:
     gate._recorder = recorder
     try:
         yield
@@ -416,7 +288,7 @@ def _device(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _that_ran(sites: Sequence[Site], recorders: Iterable[_Recorder], batches: int) -> Sequence[Site]:
+def _that_ran(sites: Sequence[Site], recorders: Iterable[Recorder], batches: int) -> Sequence[Site]:
     """Warn of sites that never ran, or refuse if that is all."""
     ran = {name for recorder in recorders for name in recorder.seen}
     idle = [site.name for site in sites if site.name not in ran]
@@ -432,7 +304,7 @@ def _that_ran(sites: Sequence[Site], recorders: Iterable[_Recorder], batches: in
     return sites
 
 
-def _curve(site: Site, recorders: dict[float, _Recorder]) -> SiteCurve:
+def _curve(site: Site, recorders: dict[float, Recorder]) -> SiteCurve:
     seen = {ratio: each.threshold(site.name) for ratio, each in recorders.items() if site.name in each.seen}
     # An expert of a mixture may have been called at some budgets only.
     points, values = tuple(seen), tuple(seen.values())
@@ -462,11 +334,3 @@ def _described(
         "gate.ties": ties,
         **{f"site {name}": place for name, place in places.items()},
     }
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return "\n".join(
-        "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(row)).rstrip()
-        for row in rows
-    )

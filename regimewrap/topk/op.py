@@ -8,7 +8,7 @@ and the kernels); this file gives it a schema, a fake kernel and a derivative, a
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from regimewrap.errors import BudgetError, SelectionError
 from regimewrap.topk import plain, sampling
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.gpu import dispatch as gpu
+from regimewrap.topk.register import is_recorded, operator
 from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio, full_rows
 
 #: As an operator: who watches torch's functions, as ``verify`` does, is not to see the one inside a gate.
@@ -162,17 +163,9 @@ def check_dense_rows(dense_rows: Tensor | None) -> None:
 
 def _gives_full_budget(keep_ratio: Tensor) -> bool:
     """Whether the operator may be skipped now; a graph that outlives this call must not remember that."""
-    if _is_recorded() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
+    if is_recorded() or type(keep_ratio) not in (Tensor, torch.nn.Buffer):
         return False
     return not torch_private.is_batched(keep_ratio) and keep_ratio.item() >= 1.0
-
-
-def _is_recorded() -> bool:
-    """Whether somebody makes a graph of what we call."""
-    if torch.compiler.is_compiling() or torch_private.is_jit_tracing():
-        return True
-    # make_fx and fake tensors sit on this stack; there is no public way to ask.
-    return torch_private.has_dispatch_modes()
 
 
 def _gate(
@@ -244,7 +237,7 @@ def _save_for_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.budget = _budget(y, *inputs[1:3])
     if ctx.budget is not None:
         with torch_private.no_dispatch_modes():  # selective checkpointing counts operations
-            kept = (*kept, torch.tensor(ctx.budget))
+            kept = (*kept, torch.tensor(ctx.budget, device="cpu"))
     ctx.save_for_backward(*kept)
 
 
@@ -263,30 +256,35 @@ def _budget(y: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None) -> list[in
     return [struct.unpack("<q", struct.pack("<d", keep_ratio.item()))[0], *full]
 
 
-def _check_budget(ctx: Any, saved: Tensor) -> None:
-    now = saved.tolist()
-    if saved.dtype != torch.int64 or now == ctx.budget:
-        return
-    raise BudgetError(_in_words(ctx.budget), _in_words(now))
+def _check_budget(then: list[int], saved: Tensor) -> None:
+    if saved.dtype == torch.int64 and saved.tolist() != then:
+        raise BudgetError(*map(_words, (then, saved.tolist())))
 
 
-def _in_words(budget: list[int]) -> str:
-    ratio, start, stop = budget
-    return f"keep ratio {struct.unpack('<d', struct.pack('<q', ratio))[0]:g} with rows {start} to {stop} dense"
+def _words(budget: list[int]) -> str:
+    bits, start, stop = budget
+    ratio = struct.unpack("<d", struct.pack("<q", bits))[0]
+    rows = "no" if stop == start else f"{stop - start} of its" if stop > start else "all"
+    return f"keep ratio {ratio:g} with {rows} rows dense"
 
 
 def _gate_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    if ctx.budget is not None:
-        _check_budget(ctx, ctx.saved_tensors[-1])
+    saved = ctx.saved_tensors  # once: what is recomputed can be had only once
+    if ctx.budget is not None and saved:  # not in forward mode
+        _check_budget(ctx.budget, saved[-1])
     if ctx.saved == "output":
-        grad = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
+        grad = torch.ops.aten.threshold_backward(grad, saved[0], 0)
     elif ctx.saved == "mask":
-        grad = _mask(grad, ctx.saved_tensors[0], ctx.stride)
+        grad = _mask(grad, saved[0], ctx.stride)
     return (grad, *[None] * 9)
 
 
 def _masked(grad: Tensor, bits: Tensor, stride: Sequence[int]) -> Tensor:
     """Return ``grad`` where a bit is set and zero elsewhere; ``stride`` is that of the tensor the bits came from."""
+    if torch_private.is_batched(grad):  # autograd.grad(is_grads_batched=True), which operators know nothing of
+        mask = torch.empty_strided(grad.shape, stride, dtype=torch.bool, device=grad.device)
+        _in_memory_order(mask).copy_(plain.unpack_bits(bits, grad.numel()))
+        return torch.where(mask, grad, 0.0)
     masked = grad.new_empty_strided(grad.shape, stride)
     if grad.stride() != masked.stride() or grad.is_neg():
         grad = torch.empty_like(masked).copy_(grad)
@@ -320,68 +318,5 @@ def _in_memory_order(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
-def _operator(
-    name: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    save: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Register an operator with its derivatives and its rule for vmap; return the shortest way to call it."""
-    operator: Any = torch.library.custom_op(f"regimewrap::{name}", run, mutates_args=())
-    operator.register_fake(fake)
-    operator.register_autograd(backward, setup_context=save)
-
-    def one_by_one(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        """Map over a new dimension; its entries never compete with each other."""
-        results = []
-        for entry in range(max(info.batch_size, 1)):
-            picked = list(arguments)
-            for i, dim in enumerate(in_dims):
-                if isinstance(dim, int) and info.batch_size:
-                    # Contiguous, so that bits are in the order of the stacked result's memory.
-                    picked[i] = arguments[i].select(dim, entry).contiguous()
-                elif isinstance(dim, int):
-                    # Of no entries the result still has a shape: that of any one.
-                    shape = list(arguments[i].shape)
-                    del shape[dim]
-                    picked[i] = arguments[i].new_ones(shape)
-            results.append(call(*picked))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results)[: info.batch_size], 0
-        return tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True)), (0, 0)
-
-    operator.register_vmap(one_by_one)
-
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        output = run(*arguments)
-        save(ctx, arguments, output)
-        return output
-
-    def forward_derivative(ctx: Any, tangent: Tensor, *_: Any) -> Any:
-        # What maps gradients back maps tangents forth: both are the same diagonal matrix.
-        tangent = backward(ctx, tangent, None)[0]
-        return tangent if run is _masked else (tangent, None)
-
-    def function(**members: Callable[..., Any]) -> Any:
-        members |= {"backward": backward, "vmap": one_by_one}
-        return type(name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items()})
-
-    eager = function(forward=forward)
-    # For torch.func, whose transforms the derivative of a library operator refuses (torch 2.14).
-    functional = function(forward=run, setup_context=save, jvp=forward_derivative)
-
-    def call(*arguments: Any) -> Any:
-        x = arguments[0]
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or _is_recorded():
-            return operator(*arguments)
-        if torch_private.has_functorch_transforms():
-            return functional.apply(*arguments)
-        # Of 57 µs for a small tensor the library's way to the kernel takes 25; this way takes 1.
-        return eager.apply(*arguments)
-
-    return call
-
-
-_select = _operator("topk_gate", _gate, _fake_gate, _save_for_gate, _gate_backward)
-_mask = _operator("masked_gradient", _masked, _fake_masked, _save_bits, _mask_backward)
+_select = operator("topk_gate", _gate, _fake_gate, _save_for_gate, _gate_backward)
+_mask = operator("masked_gradient", _masked, _fake_masked, _save_bits, _mask_backward, outputs=1)

@@ -23,14 +23,13 @@ from regimewrap.topk.op import (
     _gate,
     _gate_backward,
     _gives_full_budget,
-    _is_recorded,
-    _operator,
     _relu,
     _save_for_gate,
     _write,
     check_dense_rows,
     check_keep_ratio,
 )
+from regimewrap.topk.register import is_recorded, operator
 from regimewrap.topk.selection import Selection, check_gradient, without
 
 #: How many of float32's low bits a bin leaves open; 5 bits of the significand remain.
@@ -54,7 +53,7 @@ def count_scores(x: Tensor, counts: Tensor, *, dense_rows: Tensor | None = None,
     Recorded by compilers as an operator that changes ``counts``; under vmap all entries are counted.
     """
     x = x.detach()
-    if type(x) is not Tensor or x.is_meta or _is_recorded() or torch_private.has_functorch_transforms():
+    if type(x) is not Tensor or x.is_meta or is_recorded() or torch_private.has_functorch_transforms():
         _count_operator(x, counts, dense_rows, after_relu)
     else:
         _count(x, counts, dense_rows, after_relu)
@@ -238,4 +237,4 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return (_gate_backward(ctx, grad, None)[0], *[None] * 7)
 
 
-_apply = _operator("threshold_gate", _threshold_gate, _fake_threshold_gate, _save_for_gate, _backward)
+_apply = operator("threshold_gate", _threshold_gate, _fake_threshold_gate, _save_for_gate, _backward)

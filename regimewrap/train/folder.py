@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import timm
@@ -25,18 +26,22 @@ from regimewrap.files import claimed_folder, differences, text_table, write_whol
 from regimewrap.report.summary import budget, percent, percent_spread, spread
 from regimewrap.train import saved
 from regimewrap.train.pictures import find_pictures
-from regimewrap.train.run import Run, Settings, Stopped
+from regimewrap.train.run import Run, Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import FrameType
 
+    from regimewrap import CyclePolicy
     from regimewrap.train.pictures import Pictures
+    from regimewrap.train.settings import Settings
 
 _VERSION = 1
+_FEW_MOVES = 100
 _SECONDS_BETWEEN_CHECKPOINTS = 600
 SUMMARY_FILE = "summary.csv"
+_OURS = (SUMMARY_FILE, saved.CHECKPOINT_FILE, "model.pt", "dense.pt", "model-seed-*.pt", "dense-seed-*.pt")
 
 
 class Job(NamedTuple):
@@ -49,45 +54,42 @@ class Job(NamedTuple):
 
 
 @final
+@dataclass
 class Folder:
-    """A folder and the runs that belong in it."""
+    """A folder and the runs that belong in it; nothing is read or written before ``train``.
 
-    def __init__(
-        self,
-        out: Path,
-        data: Path,
-        settings: Settings,
-        policy: RegimePolicy,
-        *,
-        seeds: range,
-        compare: bool,
-        device: torch.device,
-        workers: int,
-        say: Callable[[str], None],
-        show: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """Take the settings; nothing is read or written yet.
+    Attributes:
+        out: where everything goes.
+        data: folder of pictures.
+        settings: of each run.
+        policy: of the runs.
+        seeds: a run for each.
+        compare: with each run a dense twin: the same network, seed and pictures at the full budget throughout.
+        device: where to train.
+        workers: processes that read pictures.
+        say: takes lines that stay.
+        show: takes where the run is, as often as it changes.
+    """
 
-        Args:
-            out: where everything goes.
-            data: folder of pictures.
-            settings: of each run.
-            policy: of the runs.
-            seeds: a run for each.
-            compare: with each run a dense twin: the same network, seed and pictures at the full budget throughout.
-            device: where to train.
-            workers: processes that read pictures.
-            say: takes lines that stay.
-            show: takes where the run is, as often as it changes.
-        """
-        self.out, self.data, self.settings, self.policy = out, data, settings, policy
-        self.device, self.workers, self.say, self.show = device, workers, say, show
-        dense = policy.replace(cycle=RegimePolicy.preset("dense").cycle)
-        arms = [("regimewrap", policy, "model")] + ([("dense", dense, "dense")] if compare else [])
+    out: Path
+    data: Path
+    settings: Settings
+    policy: RegimePolicy
+    seeds: range
+    compare: bool
+    device: torch.device
+    workers: int
+    say: Callable[[str], None]
+    show: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        dense = self.policy.replace(cycle=RegimePolicy.preset("dense").cycle)
+        arms = [("regimewrap", self.policy, "model"), ("dense", dense, "dense")][: 1 + self.compare]
+        first = self.seeds[0]
         self.jobs = [
-            Job(arm, each, seed, f"{name}.pt" if seed == seeds[0] else f"{name}-seed-{seed}.pt")
-            for seed in seeds
-            for arm, each, name in arms
+            Job(arm, policy, seed, f"{name}.pt" if seed == first else f"{name}-seed-{seed}.pt")
+            for seed in self.seeds
+            for arm, policy, name in arms
         ]
         self._done: list[dict[str, Any]] = []  # rows of the runs that ended
         self._last_saved = time.monotonic()
@@ -106,6 +108,10 @@ class Folder:
             RegimewrapError: something cannot be used; found before training where that is possible.
         """
         _refuse_ranks()
+        if self.data.resolve() == self.out.resolve().parent and not (self.data / "train").is_dir():
+            raise DataError(
+                f"{self.out} is a folder in {self.data} and would be taken for a class; choose another --out."
+            )
         checkpoint = self._begin(resume=resume, overwrite=overwrite)
         if resume and checkpoint is None and all((self.out / job.file).exists() for job in self.jobs):
             self.say(f"The run in {self.out} has ended; there is nothing to go on with.")
@@ -119,7 +125,8 @@ class Folder:
                 for job in self.jobs[number:]:
                     run = self._built(job, pictures, state)
                     if overwrite and job is self.jobs[0]:
-                        self._clear()
+                        for path in self._left():
+                            path.unlink()
                     try:
                         self._make(run, job, here, should_stop=lambda: bool(asked))
                     except Stopped:
@@ -144,16 +151,13 @@ class Folder:
         over = "one seed, which shows little" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
         return f"Accuracy on the validation pictures, in %, last epoch, {over}:\n{text_table(rows, width)}"
 
-    def _clear(self) -> None:
-        for path in self._files():
-            path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return [self.out / name for name in (saved.CHECKPOINT_FILE, SUMMARY_FILE, *(job.file for job in self.jobs))]
+    def _left(self) -> list[Path]:
+        """Return what an earlier run left."""
+        return [path for pattern in _OURS for path in sorted(self.out.glob(pattern))]
 
     def _begin(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Return the checkpoint to go on from, if any, after a check of what is in the folder."""
-        found = [path for path in self._files() if path.exists()]
+        found = self._left()
         if resume:
             path = self.out / saved.CHECKPOINT_FILE
             return saved.read(path, "regimewrap train") if path.exists() else None
@@ -166,7 +170,7 @@ class Folder:
 
     def _belongs_to(self, pictures: Pictures) -> dict[str, Any]:
         return {
-            "settings": {**asdict(self.settings), "keep_ratios": list(self.settings.keep_ratios)},
+            "settings": asdict(self.settings),
             "runs": [f"{job.arm}, seed {job.seed}" for job in self.jobs],
             "policy": self.policy.model_dump(mode="json"),
             "pictures": f"{len(pictures.train)} and {len(pictures.val)}, checksum {pictures.checksum():08x}",
@@ -202,7 +206,7 @@ class Folder:
             size = "×".join(map(str, run.look["input_size"][1:]))
             about = f"{parameters:,} parameters, {len(gate_of(run.model).sites)} gated activations, pictures of {size}"
             self.say(f"{self.settings.model}: {about}, on {self.device.type}.")
-            self.say(f"{run.total} updates, {run.per_epoch} an epoch. {_what_moves(job.policy, run.total)}")
+            self.say(f"{run.total} updates, {run.per_epoch} an epoch. {_what_moves(run.cycler.policy, run.total)}")
         return run
 
     def _make(self, run: Run, job: Job, here: dict[str, Any], should_stop: Callable[[], bool]) -> None:
@@ -214,7 +218,7 @@ class Folder:
         def updated(run: Run) -> None:
             left = (time.monotonic() - began) / (run.update - first) * (run.total - run.update)
             place = f"update {run.update}/{run.total}"
-            self.show(f"{name}: {place}, keep ratio {run.cycler.keep_ratio:.3f}, {_duration(left)} left")
+            self.show(f"{name}: {place}, keep ratio {run.cycler.keep_ratio:.3f}, {timedelta(seconds=round(left))} left")
             if time.monotonic() - self._last_saved > _SECONDS_BETWEEN_CHECKPOINTS:
                 self._save(here, job, run)
 
@@ -271,29 +275,19 @@ def _epoch_line(row: dict[str, Any], settings: Settings) -> str:
     return f"{epoch}  loss {row['train_loss']:.4f}  accuracy {figures}  {row['train_seconds']:.1f} s"
 
 
-def _what_moves(policy: RegimePolicy, total: int) -> str:
-    """Say how often the policy moves the keep ratio in a run of so many updates.
-
-    Raises:
-        PolicyError: never.
-    """
-    cycle = policy.cycle
-    if cycle.strategy.kind in ("dense", "constant"):
-        return f"The policy ({cycle.strategy.kind}) holds one keep ratio."
-    decisions = total // cycle.every
-    if decisions == 0:
+def _what_moves(cycle: CyclePolicy, total: int) -> str:
+    """Say how often a policy moves the keep ratio in a run of so many updates, or refuse a run that is too short."""
+    strategy = cycle.strategy
+    if strategy.kind in ("dense", "constant"):
+        return f"The policy ({strategy.kind}) holds one keep ratio."
+    moves = total if strategy.each_update else max(0, total - cycle.warmup) // cycle.every
+    if moves == 0:
         raise PolicyError(
             f"the run is too short: its {total} updates end before the policy decides for the first time, after "
-            f"{cycle.every}. Train for more --epochs, with a smaller --batch-size, or set cycle.every in the policy."
+            f"{cycle.warmup + cycle.every}. Train for more --epochs, or with a smaller --batch-size."
         )
-    short = " That is short: what it shows says little." if decisions < 12 else ""
-    return f"The policy ({cycle.strategy.kind}) moves the keep ratio {decisions} times.{short}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    short = f" That is short: fewer than {_FEW_MOVES} show little." if moves < _FEW_MOVES else ""
+    return f"The policy ({strategy.kind}) moves the keep ratio {moves} times.{short}"
 
 
 def _versions() -> dict[str, str]:

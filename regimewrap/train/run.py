@@ -8,10 +8,8 @@ deterministic). Nothing here prints or writes.
 
 from __future__ import annotations
 
-import ast
 import math
 import time
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -27,64 +25,13 @@ from regimewrap.train.pictures import batches, fixed_order, plain_transform, see
 from regimewrap.train.saved import create
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from regimewrap import RegimePolicy
     from regimewrap.train.pictures import Pictures, Sample
+    from regimewrap.train.settings import Settings
 
 _LOOK_EVERY = 50  # updates between two looks at the loss, each of which waits for the device
-
-
-@final
-@dataclass(frozen=True)
-class Settings:
-    """What a run needs besides pictures, policy and seed: options of ``regimewrap train``, whose help explains them."""
-
-    model: str
-    model_kwargs: dict[str, Any]
-    pretrained: bool
-    img_size: int | None
-    epochs: int
-    batch_size: int
-    opt: str
-    lr: float
-    weight_decay: float
-    warmup_epochs: float
-    clip_grad: float | None
-    smoothing: float
-    ema: float | None
-    amp: bool
-    augment: bool
-    crop_scale: float
-    hflip: float
-    color_jitter: float
-    aa: str | None
-    re_prob: float
-    mixup: float
-    keep_ratios: tuple[float, ...]
-
-
-def settings_from(options: Mapping[str, Any]) -> Settings:
-    """Return settings from the options of the command line, of which others are left aside.
-
-    Raises:
-        DataError: the learning rate or one of ``model_kwargs``, texts like ``drop_rate=0.1``, makes no sense.
-    """
-    if not 0 < options["lr"] < math.inf:
-        raise DataError(f"--lr must be a positive number; got {options['lr']:g}.")
-    pairs = dict(_pair(text) for text in options["model_kwargs"] or ())
-    named = {each.name: options[each.name] for each in fields(Settings)}
-    return Settings(**{**named, "model_kwargs": pairs})
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise DataError(f"--model-kwargs takes NAME=VALUE; got {text!r}.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value  # text without quotes
 
 
 @final
@@ -133,7 +80,7 @@ class Run:
             self.look["input_size"] = (3, settings.img_size, settings.img_size)
         self._try_out()
         wrap(self.model, policy)
-        self.cycler = RegimeCycler(self.model)
+        self.cycler = RegimeCycler(self.model, total_steps=self.total)
         self.policy = policy
         if policy.cycle.strategy.needs_signal and policy.cycle.monitor not in ("loss", "accuracy"):
             raise PolicyError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from regimewrap import at_keep_ratio, calibrate
+from regimewrap import Sweep, at_keep_ratio, calibrate, recalibrate_batchnorm
 from regimewrap import sweep as sweep_model
 from regimewrap.errors import DataError, MissingExtraError, RegimewrapError
 from regimewrap.files import write_whole
@@ -17,9 +18,8 @@ from regimewrap.train.run import evaluate
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from regimewrap import Sweep
     from regimewrap.train.pictures import Sample
     from regimewrap.train.saved import Trained
 
@@ -51,7 +51,14 @@ def predict(
         yield path, [(trained.classes[n], p) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def sweep(trained: Trained, keep_ratios: Sequence[float], data: Path | None = None, workers: int = 0) -> Sweep:
+def sweep(
+    trained: Trained,
+    keep_ratios: Sequence[float],
+    data: Path | None = None,
+    *,
+    workers: int = 0,
+    recalibrate: bool = False,
+) -> Sweep:
     """Return the accuracy at each keep ratio.
 
     Args:
@@ -60,12 +67,26 @@ def sweep(trained: Trained, keep_ratios: Sequence[float], data: Path | None = No
         data: a folder as for training, of which the validation pictures count, or with a folder for each class, all of
             which count; by default the validation pictures of the training.
         workers: processes that read pictures.
+        recalibrate: re-estimate BatchNorm's statistics for each budget, on pictures of the training; the model keeps
+            those of the last one.
 
     Raises:
         DataError: there are no pictures, or one of a class that the model does not know.
+        WrapError: ``recalibrate``, and the model has no BatchNorm.
     """
     samples = _samples(trained, data, training=False)
-    return sweep_model(trained.model, lambda model: evaluate(model, _feed(trained, samples, workers))[1], keep_ratios)
+
+    def accuracy(model: nn.Module) -> float:
+        return evaluate(model, _feed(trained, samples, workers))[1]
+
+    if not recalibrate:
+        return sweep_model(trained.model, accuracy, keep_ratios)
+    inputs = _some_inputs(trained)
+    values: dict[float, float] = {}
+    for ratio in keep_ratios:
+        recalibrate_batchnorm(trained.model, inputs, ratio)
+        values |= sweep_model(trained.model, accuracy, [ratio]).values
+    return Sweep(values)
 
 
 def export_onnx(trained: Trained, path: Path, keep_ratio: float = 1.0, data: Path | None = None) -> None:
@@ -91,23 +112,33 @@ def export_onnx(trained: Trained, path: Path, keep_ratio: float = 1.0, data: Pat
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "onnx") from None
     model, size = trained.model, trained.look["input_size"]
-    if keep_ratio != 1.0:
-        samples = _samples(trained, data, training=True)
-        samples = samples[:: max(1, len(samples) // _TO_CALIBRATE)][:_TO_CALIBRATE]
-        calibration = calibrate(model, [x for x, _ in _feed(trained, samples)], keep_ratios=(keep_ratio,))
-        calibration.apply(model, keep_ratio)
     x = torch.zeros(2, *size, device=next(model.parameters()).device)
-    try:
-        program = torch.onnx.export(
-            model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
-        )
-    except Exception as error:  # the exporter raises many kinds
-        raise RegimewrapError(f"torch cannot export {trained.about['model']} to ONNX: {error!r:.300}") from error
+    dynamic = ({0: torch.export.Dim("batch")},)
+    with _fixed(trained, keep_ratio, data):
+        try:
+            program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        except Exception as error:  # the exporter raises many kinds
+            raise RegimewrapError(f"torch cannot export {trained.about['model']} to ONNX: {error!r:.300}") from error
     assert program is not None  # noqa: S101 - it is for exports to files
     made = program.model_proto
     facts = {"classes": "\n".join(trained.classes), "keep_ratio": f"{keep_ratio:g}"}
     onnx.helper.set_model_props(made, {**facts, **{name: str(value) for name, value in trained.look.items()}})
     write_whole(path, made.SerializeToString())
+
+
+def _fixed(trained: Trained, keep_ratio: float, data: Path | None) -> AbstractContextManager[object]:
+    """Return a context in which fixed thresholds stand in for the selection."""
+    if keep_ratio == 1.0:
+        return nullcontext()
+    calibration = calibrate(trained.model, _some_inputs(trained, data), keep_ratios=(keep_ratio,))
+    return calibration.apply(trained.model, keep_ratio)
+
+
+def _some_inputs(trained: Trained, data: Path | None = None) -> list[Tensor]:
+    """Return batches of a few hundred training pictures of all classes."""
+    samples = _samples(trained, data, training=True)
+    samples = samples[:: max(1, len(samples) // _TO_CALIBRATE)][:_TO_CALIBRATE]
+    return [x for x, _ in _feed(trained, samples)]
 
 
 def _samples(trained: Trained, data: Path | None, *, training: bool) -> list[Sample]:

@@ -3,10 +3,10 @@
     python tests/benchmarks/decision_cost.py
     torchrun --standalone --nproc-per-node=2 tests/benchmarks/decision_cost.py
 
-Medians in microseconds on rank 0, each after a forward pass, of an update without a decision, of one in scope
-"network", which ends a histogram, and of one with a decision; with several ranks also of what a decision is made of, a
-reduction of five numbers and a broadcast of two, by themselves; and the same with DistributedDataParallel's share of an
-update, a reduction of a million parameters, for comparison. gloo, on the CPU.
+Medians in microseconds on rank 0, each after a forward pass: an update without a decision; one of the default policy,
+whose ratio moves at each update; one in scope "network", which ends a histogram; and one with a decision. With several
+ranks also what a decision is made of, a reduction of five numbers and a broadcast of two, by themselves; and, for
+comparison, DistributedDataParallel's share of an update, a reduction of a million parameters. gloo, on the CPU.
 """
 
 from __future__ import annotations
@@ -42,17 +42,20 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    deciding = RegimeCycler(TopKGate(RegimePolicy().replace(cycle={"every": 1})))
-    counting = RegimeCycler(TopKGate(RegimePolicy().replace(cycle={"every": 10**9})))
+    closed = RegimePolicy(cycle={"strategy": {"kind": "ema-reset"}})
+    deciding = RegimeCycler(TopKGate(closed.replace(cycle={"every": 1})))
+    counting = RegimeCycler(TopKGate(closed.replace(cycle={"every": 10**9})))
+    spread = RegimeCycler(wrap(nn.Sequential(nn.Linear(64, 256), nn.ReLU())))
     model = wrap(
         nn.Sequential(nn.Linear(64, 256), nn.ReLU()),
-        RegimePolicy.from_yaml("gate: {scope: network}").replace(cycle={"every": 10**9}),
+        closed.replace(gate={"scope": "network"}, cycle={"every": 10**9}),
     )
     sharing, x = RegimeCycler(model), torch.randn(64, 64)
     gate_of(model).set_keep_ratio(0.2)
     loss = torch.tensor(1.0)
     work = {
         "update without a decision, us": lambda: counting.step(loss),
+        "update of the default policy, us": lambda: spread.step(loss),
         'the same in scope "network", us': lambda: sharing.step(loss),
         "with a decision, us": lambda: deciding.step(loss),
     }
@@ -66,7 +69,7 @@ def main() -> None:
         work["reduction of a million gradients, us"] = lambda: dist.all_reduce(gradient)
     row = {"ranks": ranks, **{name: median_us(each, options.rounds, lambda: model(x)) for name, each in work.items()}}
     if ranks == 1 or dist.get_rank() == 0:
-        show([row], options, by=("ranks",), targets={"update without a decision, us": "<= 20"})
+        show([row], options, by=("ranks",), targets=dict.fromkeys(tuple(work)[:2], "<= 20"))
     if ranks > 1:
         dist.destroy_process_group()
 

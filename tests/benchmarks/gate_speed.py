@@ -1,6 +1,6 @@
 """ReLU and gate, forward and backward, against the published method's way and against the ReLU alone.
 
-    python tests/benchmarks/gate_speed.py [--batch 32]
+    python tests/benchmarks/gate_speed.py [--batch 32] [--full-share 0.5]
 
 At the three shapes of a WRN-28-4's activations. The published way ranks with ``torch.topk``, scatters ones into a mask
 and multiplies. What is "warm" writes into memory that it has written before; all else allocates as in training, where
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.op import relu_gate, topk_gate
-from regimewrap.topk.selection import Selection
+from regimewrap.topk.selection import Selection, full_rows
 
 SHAPES = ((64, 32, 32), (128, 16, 16), (256, 8, 8))
 
@@ -46,11 +46,13 @@ def warm_relu(x: Tensor, upstream: Tensor) -> Callable[[], object]:
     return run
 
 
-def warm_gate(x: Tensor, upstream: Tensor, keep_ratio: float) -> Callable[[], object]:
+def warm_gate(x: Tensor, upstream: Tensor, keep_ratio: float, full_share: float) -> Callable[[], object]:
     y, grad, bits = torch.empty_like(x), torch.empty_like(x), torch.empty(0, dtype=torch.uint8)
+    selection = Selection(score="positive")
+    full = full_rows(x.shape, selection, full_share, 0)
 
     def run() -> None:
-        if not cpu.gate(x, y, bits, keep_ratio, Selection(score="positive")):
+        if not cpu.gate(x, y, bits, keep_ratio, selection, full):
             raise RuntimeError("no kernel serves this tensor")
         torch.ops.aten.threshold_backward.grad_input(upstream, y, 0, grad_input=grad)
 
@@ -58,8 +60,8 @@ def warm_gate(x: Tensor, upstream: Tensor, keep_ratio: float) -> Callable[[], ob
 
 
 def main() -> None:
-    options = arguments(__doc__, batch=32)
-    rows = []
+    options = arguments(__doc__, batch=32, full_share=0.0)
+    rows, rows_dense = [], torch.tensor((options.full_share, 0), dtype=torch.float64)
     for shape in SHAPES:
         x = torch.randn(options.batch, *shape)
         upstream = torch.randn_like(x)
@@ -67,16 +69,17 @@ def main() -> None:
             r = torch.tensor(keep_ratio, dtype=torch.float64)
             contenders = {
                 "published": step(lambda x, k=keep_ratio: published_way(x, k), x, upstream),
-                "gate": step(lambda x, r=r: relu_gate(x, r), x, upstream),
-                "behind": step(lambda x, r=r: topk_gate(torch.relu(x), r), x, upstream),
+                "gate": step(lambda x, r=r: relu_gate(x, r, dense_rows=rows_dense), x, upstream),
+                "behind": step(lambda x, r=r: topk_gate(torch.relu(x), r, dense_rows=rows_dense), x, upstream),
                 "relu": step(torch.relu, x, upstream),
-                "warm gate": warm_gate(x, upstream, keep_ratio),
+                "warm gate": warm_gate(x, upstream, keep_ratio, options.full_share),
                 "warm relu": warm_relu(x, upstream),
             }
             times = Rounds(contenders, options.rounds)
             rows.append(
                 {
                     "units": x[0].numel(),
+                    "full share": options.full_share,
                     "keep ratio": keep_ratio,
                     "warm ns": times.seconds("warm gate") / x.numel() * 1e9,
                     "gate ns": times.seconds("gate") / x.numel() * 1e9,
@@ -89,7 +92,7 @@ def main() -> None:
     show(
         rows,
         options,
-        by=("units", "keep ratio"),
+        by=("units", "full share", "keep ratio"),
         targets={"published/gate": ">= 4", "warm gate/warm relu": "<= 5"},
     )
 

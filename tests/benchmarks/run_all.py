@@ -38,6 +38,11 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "wrn-network": ["--model", "wrn", "--scope", "network"],
         "wrn-compiled": ["--model", "wrn", "--compile", "1"],
     },
+    "serve_speed": {
+        "wrn": ["--model", "wrn", "--thresholds", "1"],
+        "wrn-batch-8": ["--model", "wrn", "--batch", "8", "--thresholds", "1"],
+        **{model: ["--model", model, "--thresholds", "1"] for model in ("mlp", "relu", "gelu", "swiglu")},
+    },
     "saved_bytes": {model: ["--model", model] for model in ("wrn", "functions", "vit", "bert")},
 }
 PICTURE = {"gate_scaling": "gate-scaling.png"}

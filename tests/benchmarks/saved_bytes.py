@@ -97,7 +97,7 @@ def functions(batch: int) -> tuple[nn.Module, Tensor]:
 
 
 def main() -> None:
-    options = arguments(__doc__, model="wrn", norm="rms", batch=4)
+    options = arguments(__doc__, model="wrn", norm="rms", batch=4, full_share=0.0)
     model, x = {"wrn": wrn, "functions": functions, "vit": vit, "bert": bert}[options.model](options.batch)
     if options.model == "wrn":
         model = WideResNet(28, 4, norm=options.norm)
@@ -110,12 +110,12 @@ def main() -> None:
     dense = saved_bytes(model, x, as_it_is())
     rows = []
     for keep_ratio in (1.0, 0.5, 0.1):
-        regimewrap.gate_of(wrapped).set_keep_ratio(keep_ratio)
+        regimewrap.gate_of(wrapped).set_budget(keep_ratio, full_share=options.full_share)
         Published.keep_ratio = keep_ratio
-        place = {"model": options.model, "keep ratio": keep_ratio}
+        place = {"model": options.model, "full share": options.full_share, "keep ratio": keep_ratio}
         sizes = {f"{name}/dense": saved_bytes(other, x, as_it_is()) / dense for name, other in models.items()}
         rows.append(place | {"dense MB": dense / 1e6} | sizes)
-    by = ("model", "keep ratio")
+    by = ("model", "full share", "keep ratio")
     target = "<= 1.02" if options.model in ("wrn", "functions") else "<= 1.06"
     show(rows, options, by=by, targets={"wrapped/dense": target})
 

@@ -86,7 +86,7 @@ def step(
 
 
 def main() -> None:
-    options = arguments(__doc__, model="wrn", batch=16, scope="", compile=0)
+    options = arguments(__doc__, model="wrn", batch=16, scope="", compile=0, full_share=0.0)
     model, x = {"wrn": wrn, "vit": vit, "bert": bert}[options.model](options.batch)
     scope = options.scope or ("sample" if options.model == "wrn" else "position")
     policy = regimewrap.RegimePolicy.from_yaml(f"gate: {{scope: {scope}}}").replace(cycle={"every": 10**9})
@@ -99,19 +99,20 @@ def main() -> None:
         contenders["published"] = step(with_published_gates(model), x, compiled=False)
     rows = []
     for keep_ratio in (1.0, 0.5, 0.2, 0.05):
-        regimewrap.gate_of(wrapped).set_keep_ratio(keep_ratio)
+        regimewrap.gate_of(wrapped).set_budget(keep_ratio, full_share=options.full_share)
         Published.keep_ratio = keep_ratio
         times = Rounds(contenders, options.rounds)
         row = {
             "model": options.model,
             "batch": options.batch,
             "scope": scope,
+            "full share": options.full_share,
             "keep ratio": keep_ratio,
             "dense s": times.seconds("dense"),
         }
         rows.append(row | {f"{name}/dense": times.ratio(name, "dense") for name in contenders if name != "dense"})
     target = "<= 1.05" if options.model == "wrn" and not options.compile else "<= 1.10"
-    show(rows, options, by=("model", "batch", "scope", "keep ratio"), targets={"wrapped/dense": target})
+    show(rows, options, by=("model", "batch", "scope", "full share", "keep ratio"), targets={"wrapped/dense": target})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import regimewrap as package
+from regimewrap import _command
 from regimewrap.report.results import Experiment
 
 COMMAND = [sys.executable, "-m", "regimewrap"]
@@ -50,7 +53,7 @@ def test_an_error_is_a_line_on_standard_error_and_status_2():
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("package", ["typer", "rich"])
+@pytest.mark.parametrize("package", ["typer"])
 def test_a_missing_command_line_package_names_the_extra(package):
     code = f"import sys; sys.modules['{package}'] = None; import regimewrap.__main__ as m; sys.exit(m.main())"
 
@@ -68,22 +71,47 @@ def test_a_reader_that_leaves_early_gets_no_error_text(start):
     assert process.stderr.read() == ""
 
 
-def test_interrupted_training_leaves_a_valid_report_of_what_was_done(start, tmp_path):
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        result = subprocess.run(
+            [*COMMAND, "policy", "show"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+
+    assert result.returncode == 2
+    assert result.stderr == "Error: standard output cannot be used: No space left on device.\n"
+
+
+@pytest.mark.parametrize(("program", "is_quiet"), [("/usr/bin/regimewrap", True), ("/home/me/train.py", False)])
+def test_ctrl_c_while_torch_is_imported_ends_the_command_without_a_traceback_and_no_other_program(program, is_quiet):
+    file = Path(_command.__file__)
+    code = (
+        f"import signal, sys; sys.argv[0] = {program!r}; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"exec(open({str(file)!r}).read())\nprint(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout == f"{is_quiet}\n"
+    assert "import regimewrap._command" in Path(package.__file__).read_text().partition("from ")[0]  # before torch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_training_leaves_a_checkpoint_that_its_last_line_goes_on_from(start, tmp_path, number):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for each in range(6):
+            Image.new("RGB", (20, 20), (9 * each, 0, 0)).save(tmp_path / "data" / name / f"{each}.png")
     out = tmp_path / "out"
-    process = start("train", "--data", "digits", "--arch", "wrn-10-1", "--limit", 20, "--epochs", 100_000, "--out", out)
+    options = ("--model", "test_resnet", "--img-size", 32, "--epochs", 100_000, "--workers", 1, "--out", out)
+    process = start("train", tmp_path / "data", *options)
     while "epoch " not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
 
     output, errors = process.communicate(timeout=300)
 
-    assert process.returncode == 130
-    assert errors == ""
-    assert "Stopping after this update" in output
-    experiment = Experiment.model_validate_json((out / "results.json").read_text())
-    assert experiment.settings["interrupted"].startswith("after update ")
-    assert experiment.runs[0].accuracy.keys() == {"1.0", "0.5", "0.2", "0.1"}
-    torch.load(out / "model.pt", weights_only=True)
+    assert (process.returncode, errors) == (128 + number, "")
+    assert output.splitlines()[-1].startswith(f"Go on with: regimewrap train {tmp_path}")
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["run"]["update"] > 0
     assert not any(path.name.startswith(".") for path in out.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from regimewrap import GatePolicy, RegimePolicy, at_keep_ratio, gate_of, watch, wrap
+from regimewrap.errors import BudgetError
 
 every_writing = pytest.mark.parametrize("make", WRITINGS)
 both_modes = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved_tensors"])
@@ -109,39 +111,153 @@ def test_a_ratio_that_changes_before_the_recomputation_is_deferred_or_refused(us
     assert_same(found, expected)
 
 
-def at_two_ratios(run, x):
-    """Return the gradients of one loss over two forward passes, at 0.3 and in a block at 0.8; other ratios follow."""
-    model = wrapped(WRITINGS[0]).train()
-    first = run(model, x)
-    with at_keep_ratio(model, 0.8):
-        second = run(model, x)
-    with torch.no_grad(), at_keep_ratio(model.eval(), 0.1):
-        model(x)
-    model.train()
-    gate_of(model).set_keep_ratio(0.05)
-    return gradients(model, first + 2 * second)
+class ByHand(torch.autograd.Function):
+    """A checkpoint as people write them, whose context has another name."""
+
+    @staticmethod
+    def forward(context, model, x):
+        context.model = model
+        context.save_for_backward(x)
+        return model(x)
+
+    @staticmethod
+    def backward(context, grad):
+        return None, repeated(context.model, *context.saved_tensors, grad)
 
 
-@both_modes
-def test_each_recomputation_keeps_to_the_ratio_of_its_own_forward_pass(use_reentrant, x):
-    x.requires_grad_()
-    found = at_two_ratios(lambda model, x: checkpoint(model, x, use_reentrant=use_reentrant), x)
-    assert_same(found, at_two_ratios(lambda model, x: model(x), x))
+class ByHandWithSetup(torch.autograd.Function):
+    """The same in torch's newer form."""
+
+    @staticmethod
+    def forward(model, x):
+        return model(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        del output
+        ctx.model, x = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, repeated(ctx.model, *ctx.saved_tensors, grad)
 
 
-@both_modes
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # torch, of its own doing
-@pytest.mark.parametrize("inner_reentrant", [True, False], ids=["inner_reentrant", "inner_saved_tensors"])
-def test_the_ratio_reaches_recomputations_inside_recomputations(use_reentrant, inner_reentrant, x):
+def repeated(model, x, grad):
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = model(x)
+    y.backward(grad)
+    return x.grad
+
+
+def selective(model, x):
+    aten = torch.ops.aten
+    saved = {aten.addmm.default, aten.convolution.default, aten.gelu.default, aten.clone.default}
+
+    def contexts():
+        return create_selective_checkpoint_contexts(
+            lambda _, operator, *args, **kwargs: (  # noqa: ARG005
+                CheckpointPolicy.MUST_SAVE if operator in saved else CheckpointPolicy.PREFER_RECOMPUTE
+            )
+        )
+
+    return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+
+def nested(outer_reentrant, inner_reentrant):
     def inner(model, x):
         return checkpoint(model, 2 * x, use_reentrant=inner_reentrant)
 
-    def outer(model, x):
-        return checkpoint(lambda x: inner(model, x) + inner(model, x + 1), x, use_reentrant=use_reentrant)
+    return lambda model, x: checkpoint(
+        lambda x: inner(model, x) + inner(model, x + 1), x, use_reentrant=outer_reentrant
+    )
 
+
+CHECKPOINTS = {
+    "reentrant": lambda model, x: checkpoint(model, x, use_reentrant=True),
+    "saved tensors": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "selective": selective,
+    "by hand": ByHand.apply,
+    "by hand with setup_context": ByHandWithSetup.apply,
+    "reentrant in reentrant": nested(True, True),
+    "saved tensors in reentrant": nested(True, False),
+    "reentrant in saved tensors": nested(False, True),
+    "saved tensors in saved tensors": nested(False, False),
+}
+every_checkpoint = pytest.mark.parametrize("run", CHECKPOINTS.values(), ids=CHECKPOINTS)
+# Torch says so of its own doing where one checkpoint is inside another.
+inputs_without_gradient = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+
+
+def without_checkpoint(run, model, x):
+    return (
+        model(2 * x) + model(2 * (x + 1)) if " in " in next(k for k, v in CHECKPOINTS.items() if v is run) else model(x)
+    )
+
+
+@every_checkpoint
+@inputs_without_gradient
+@pytest.mark.parametrize("scope", ["sample", "network"])
+def test_dense_rows_are_repeated_and_validation_between_forward_and_backward_raises_no_alarm(run, scope, x):
+    model = wrapped(WRITINGS[0], policy=RegimePolicy(gate=GatePolicy(eval_keep_ratio="current", scope=scope))).train()
+    model.norm.eval()
     x.requires_grad_()
-    found = at_two_ratios(outer, x)
-    assert_same(found, at_two_ratios(lambda model, x: model(2 * x) + model(2 * (x + 1)), x))
+    for update in (0, 1):
+        gate_of(model).set_budget(0.3, full_share=0.5, update=update)
+        expected = gradients(model, without_checkpoint(run, model, x))
+        y = run(model, x)
+        for training in (True, False):
+            model.train(training).norm.eval()
+            with torch.no_grad(), at_keep_ratio(model, 0.1):
+                model(x)
+        model.train().norm.eval()
+        assert_same(gradients(model, y), expected)
+
+
+@every_checkpoint
+@inputs_without_gradient
+def test_a_forward_alone_in_a_block_is_refused_with_the_remedy_which_works(run, x):
+    model = wrapped(WRITINGS[0]).train()
+    model.norm.eval()
+    x.requires_grad_()
+    outside = run(model, x)
+    with at_keep_ratio(model, 0.8):
+        inside = run(model, x)
+    with pytest.raises(
+        BudgetError, match=r"at keep ratio 0\.8.* at keep ratio 0\.3.*backward\(\) inside the at_keep_ratio"
+    ):
+        gradients(model, outside + 2 * inside)
+    with at_keep_ratio(model, 0.8):
+        expected = gradients(model, without_checkpoint(run, model, x))
+        assert_same(gradients(model, run(model, x)), expected)
+    expected = gradients(model, without_checkpoint(run, model, x))
+    assert_same(gradients(model, run(model, x)), expected)
+
+
+@every_checkpoint
+@inputs_without_gradient
+@pytest.mark.parametrize("ratios", [(1.0, 0.3), (0.3, 1.0)])
+def test_it_is_refused_too_where_one_of_the_ratios_is_1(run, ratios, x):
+    model = wrapped(WRITINGS[1]).train()
+    x.requires_grad_()
+    gate_of(model).set_keep_ratio(ratios[1])
+    with at_keep_ratio(model, ratios[0]):
+        inside = run(model, x)
+    with pytest.raises(RuntimeError):  # ours, or torch's that other tensors are saved now
+        gradients(model, inside)
+
+
+@every_checkpoint
+@inputs_without_gradient
+def test_other_dense_rows_before_backward_are_refused(run, x):
+    model = wrapped(WRITINGS[0]).train()
+    x.requires_grad_()
+    gate_of(model).set_budget(0.3, full_share=0.5, update=0)
+    y = run(model, x)
+    gate_of(model).set_budget(0.3, full_share=0.5, update=1)
+    with pytest.raises(BudgetError, match=r"RegimeCycler\.step or set_keep_ratio after backward"):
+        gradients(model, y)
 
 
 @both_modes
@@ -153,42 +269,54 @@ def test_blocks_inside_a_checkpoint_are_repeated_at_their_own_ratios(use_reentra
             inside = model(x)
         return inside + 3 * (model(x) if block_first else outside)
 
+    model = wrapped(WRITINGS[0]).train()
+    model.norm.eval()
     x.requires_grad_()
-    found = at_two_ratios(lambda model, x: checkpoint(both, model, x, use_reentrant=use_reentrant), x)
-    assert_same(found, at_two_ratios(both, x))
+    expected = gradients(model, both(model, x))
+    assert_same(gradients(model, checkpoint(both, model, x, use_reentrant=use_reentrant)), expected)
 
 
 @both_modes
-def test_a_graph_that_is_kept_recomputes_at_its_ratio_each_time(use_reentrant, x):
+def test_a_graph_that_is_kept_is_refused_at_another_ratio_and_recomputed_at_its_own(use_reentrant, x):
     model = wrapped(WRITINGS[0])
     x.requires_grad_()
     y = checkpoint(model, x, use_reentrant=use_reentrant).sum()
+    gate_of(model).set_keep_ratio(0.9)
+    with pytest.raises(BudgetError):
+        y.backward(retain_graph=True)
+    gate_of(model).set_keep_ratio(0.3)
     found = []
-    for ratio in (0.9, 0.05):
-        gate_of(model).set_keep_ratio(ratio)
+    for _ in range(2):
         model.zero_grad()
         y.backward(retain_graph=True)
         found.append({name: each.grad.clone() for name, each in model.named_parameters()})
     assert_same(*found)
 
 
-def test_selective_checkpointing_keeps_to_the_ratio_of_the_forward_pass(x):
-    aten = torch.ops.aten
-    saved = {aten.addmm.default, aten.convolution.default, aten.gelu.default, aten.clone.default}
-
-    def contexts():
-        return create_selective_checkpoint_contexts(
-            lambda _, operator, *args, **kwargs: (  # noqa: ARG005
-                CheckpointPolicy.MUST_SAVE if operator in saved else CheckpointPolicy.PREFER_RECOMPUTE
-            )
-        )
-
+@both_modes
+def test_threads_that_number_their_own_functions_raise_no_alarm(use_reentrant, x):
+    model = wrapped(WRITINGS[0]).train()
+    model.norm.eval()
     x.requires_grad_()
-    found = at_two_ratios(
-        lambda model, x: checkpoint(model, x, use_reentrant=False, context_fn=contexts),
-        x,
-    )
-    assert_same(found, at_two_ratios(lambda model, x: model(x), x))
+    expected = gradients(model, model(x))
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            with at_keep_ratio(model, 0.8):
+                gradients(model, checkpoint(model, x, use_reentrant=use_reentrant))
+            found = pool.submit(lambda: gradients(model, checkpoint(model, x, use_reentrant=use_reentrant))).result()
+            assert_same(found, expected)
+
+
+@both_modes
+def test_network_scope_does_not_count_a_recomputation_again(use_reentrant, x):
+    policy = RegimePolicy(gate=GatePolicy(scope="network"))
+    model = wrapped(WRITINGS[0], policy=policy).train()
+    x.requires_grad_()
+    y = checkpoint(model, x, use_reentrant=use_reentrant)
+    before = [counts.clone() for counts in gate_of(model).network.counts()]
+    y.sum().backward()
+    assert all(counts.sum() > 0 for counts in before)
+    assert all(map(torch.equal, before, gate_of(model).network.counts()))
 
 
 @both_modes

@@ -12,7 +12,7 @@ from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.policy.policy import CyclePolicy, RegimePolicy
 from regimewrap.policy.strategies import Sawtooth
 
-POLICY = RegimePolicy(cycle=CyclePolicy(strategy=Sawtooth(decisions=3, floor=0.25), every=1))
+POLICY = RegimePolicy(cycle=CyclePolicy(strategy=Sawtooth(decisions=3, floor=0.25), every=1, full_share=0))
 
 
 @pytest.fixture

@@ -9,12 +9,16 @@ import pickle
 import warnings
 
 import pytest
+import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from regimewrap import wrap
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.gate.gate import TopKGate
-from regimewrap.policy.policy import CyclePolicy, RegimePolicy
+from regimewrap.policy.policy import PRESETS, CyclePolicy, RegimePolicy
 from regimewrap.policy.strategies import (
     EVENTS,
     Constant,
@@ -190,3 +194,104 @@ def test_the_schema_describes_it(strategy: Strategy):
     described = schema["$defs"][type(strategy).__name__]
     assert described["additionalProperties"] is False
     assert set(described["properties"]) == set(type(strategy).model_fields)
+
+
+# The presets, by the same list
+
+EACH_PRESET = pytest.mark.parametrize("name", PRESETS)
+RUN = 60
+
+
+def made(name: str) -> tuple[nn.Module, torch.optim.Optimizer, RegimeCycler]:
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 2)), name)
+    return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), RegimeCycler(model, total_steps=RUN)
+
+
+def trained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, cycler: RegimeCycler, updates: range, size: int = 16
+) -> list[tuple[float, float]]:
+    seen = []
+    for update in updates:
+        x = torch.randn(size, 8, generator=torch.Generator().manual_seed(update))
+        y = (x[:, 0] > 0).long()
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append((loss.item(), cycler.keep_ratio))
+        cycler.step(loss, accuracy=(logits.argmax(1) == y).float().mean())
+    return seen
+
+
+@EACH_PRESET
+@pytest.mark.parametrize("size", [16, 1])
+def test_a_preset_trains_the_full_budget_and_the_small_ones(name: str, size: int):
+    model, optimizer, cycler = made(name)
+
+    losses = [loss for loss, _ in trained(model, optimizer, cycler, range(RUN), size)]
+
+    assert all(map(math.isfinite, losses))
+    if size > 1:
+        assert sum(losses[-10:]) < sum(losses[:10])
+    assert cycler.updates == RUN
+
+
+@EACH_PRESET
+@pytest.mark.parametrize("stop", [0, 1, 23, 24])
+def test_a_preset_resumes_between_any_two_updates(name: str, stop: int):
+    straight = made(name)
+    whole = trained(*straight, range(RUN))
+    first = made(name)
+    before = trained(*first, range(stop))
+    states = [first[0].state_dict(), first[1].state_dict(), json.loads(json.dumps(first[2].state_dict()))]
+    second = made(name)
+    trained(*second, range(5))  # something to be overwritten
+    second[1].state.clear()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+
+    assert before + trained(*second, range(stop, RUN)) == whole
+    assert second[2].state_dict() == straight[2].state_dict()
+
+
+@EACH_PRESET
+def test_a_preset_goes_on_in_a_copy(name: str):
+    original = made(name)
+    trained(*original, range(20))
+
+    copied = copy.deepcopy(original)
+
+    assert trained(*copied, range(20, RUN)) == trained(*original, range(20, RUN))
+
+
+@EACH_PRESET
+def test_a_preset_compiles_to_one_graph_whatever_its_ratio(name: str):
+    eager, (model, optimizer, cycler) = made(name), made(name)
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    losses = trained(compiled, optimizer, cycler, range(RUN))
+
+    assert [ratio for _, ratio in losses] == pytest.approx([ratio for _, ratio in trained(*eager, range(RUN))])
+    assert counter.frame_count == 1
+
+
+@EACH_PRESET
+def test_a_checkpoint_stays_small_and_the_state_exact_however_long_the_run(name: str):
+    policy = RegimePolicy.preset(name, total_steps=10**6).cycle.replace(every=8)
+    cycler = RegimeCycler(TopKGate(), policy)
+    for step in range(4096):
+        cycler.step(math.exp(-step / 4000) + 0.01 * math.sin(step), accuracy=0.5)
+    state = cycler.state_dict()
+    late = {**state, "updates": 999_996 + 4, "state": {**state["state"], "began": 999_000}}
+    late["history"] = [{**each, "step": 10**6 - 8 * n} for n, each in enumerate(reversed(state["history"]))][::-1]
+    if policy.strategy.each_update:
+        late["state"]["keep_ratio"] = policy.strategy.ratio(10**6)
+
+    cycler.load_state_dict(late)
+
+    assert len(json.dumps(cycler.state_dict(), indent=2)) < 100_000
+    assert len(cycler.history) <= 256

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.gate.gate import TopKGate
-from regimewrap.policy.policy import CyclePolicy
+from regimewrap.policy.policy import PRESETS, CyclePolicy
 from regimewrap.policy.strategies import EmaReset
 
 if TYPE_CHECKING:
@@ -68,6 +68,29 @@ try:
 except SignalError as error:
     out["refusal"] = str(error)
 out["updates"] = strict.updates
+strict.step(1.0)
+out["after refusal"] = strict.history[0].signal
+
+uneven = RegimeCycler(TopKGate(), policy.replace(every=4))
+for value in (1.0, 2.0, 3.0) if rank == 0 else (3.0, 4.0, math.nan):
+    uneven.step(value)
+out["all ranks"] = uneven.state_dict(all_ranks=True)
+
+from regimewrap.policy.policy import PRESETS
+out["presets"] = {}
+for name in PRESETS:
+    cycler = RegimeCycler(TopKGate(), name, total_steps=200)
+    for step in range(120):
+        cycler.step(2 + math.sin(0.3 * step + rank), accuracy=0.5 + 0.4 * math.sin(0.3 * step + rank))
+    cycler.check_sync()
+    out["presets"][name] = [cycler.keep_ratio.hex(), cycler.state_dict()["state"]]
+
+from torch.distributed.distributed_c10d import _get_default_store
+before = _get_default_store().num_keys()
+for step in range(60):
+    cycler.check_sync()
+dist.barrier()
+out["keys"] = _get_default_store().num_keys() - before
 print(json.dumps(out))
 dist.destroy_process_group()
 """
@@ -130,3 +153,33 @@ def test_what_one_rank_refuses_raises_on_all_and_changes_none(ranks: list[dict[s
     assert ranks[1]["refusal"] == "loss was nan at update 2; expected a finite number."
     assert ranks[0]["refusal"] == "another rank refused its loss at update 3 or before."
     assert [rank["updates"] for rank in ranks] == [2, 2]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_is_the_same_on_all_ranks_bit_for_bit(ranks: list[dict[str, Any]], name: str):
+    one, other = (rank["presets"][name] for rank in ranks)
+    assert one == other
+
+
+def test_the_steps_after_a_refusal_work_on_all_ranks(ranks: list[dict[str, Any]]):
+    assert [rank["after refusal"] for rank in ranks] == [1.0, 1.0]
+
+
+def test_a_mean_over_ranks_is_over_those_that_have_a_value(ranks: list[dict[str, Any]]):
+    only_rank_1 = [row[1] for row in ranks[0]["trace"][40:43]]  # rank 0 had nothing but NaN from 120 to 129
+
+    assert all(1.9 < signal < 4 for signal in only_rank_1)
+
+
+def test_another_number_of_ranks_goes_on_with_the_mean_of_what_all_had(ranks: list[dict[str, Any]]):
+    state = ranks[0]["all ranks"]
+    assert state == ranks[1]["all ranks"] | {"pending": state["pending"], "state": state["state"]}
+    alone = RegimeCycler(TopKGate(), CyclePolicy(strategy=EmaReset(decay=0.9, tolerance=0.1, cooldown=1), every=4))
+
+    alone.load_state_dict(state)
+
+    assert alone.state_dict()["pending"] == [2.0, 3.0, 3.0]
+
+
+def test_meetings_leave_no_keys_in_the_store(ranks: list[dict[str, Any]]):
+    assert max(rank["keys"] for rank in ranks) <= 3

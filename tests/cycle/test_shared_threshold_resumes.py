@@ -13,7 +13,9 @@ from regimewrap import CyclePolicy, GatePolicy, RegimeCycler, RegimePolicy, gate
 from regimewrap.errors import StateError
 from regimewrap.policy.strategies import Constant, EmaReset
 
-NETWORK = RegimePolicy(gate=GatePolicy(scope="network"), cycle=CyclePolicy(strategy=EmaReset(decay=0.6), every=3))
+NETWORK = RegimePolicy(
+    gate=GatePolicy(scope="network"), cycle=CyclePolicy(strategy=EmaReset(decay=0.6), every=3, full_share=0)
+)
 
 
 def made(policy: RegimePolicy = NETWORK) -> tuple[nn.Module, torch.optim.Optimizer, RegimeCycler]:
@@ -95,7 +97,7 @@ def test_a_state_saved_before_there_was_a_histogram_leaves_none():
 
 def test_a_cycler_that_drives_two_models_counts_both():
     models = [made()[0] for _ in range(2)]
-    cycler = RegimeCycler(models[0], CyclePolicy(strategy=Constant(keep_ratio=0.5)))
+    cycler = RegimeCycler(models[0], CyclePolicy(strategy=Constant(keep_ratio=0.5), full_share=0))
     cycler.bind(models[1])
     for model in models:
         model(torch.randn(4, 8))
@@ -114,3 +116,12 @@ def test_a_copied_pair_of_model_and_cycler_goes_on_by_itself():
     twins_cycler.step(1.0)
     assert gate_of(twin).network.histogram.sum() == 9 * 64
     assert gate_of(model).network.histogram.sum() == 4 * 64
+
+
+def test_a_model_that_is_bound_takes_the_histogram_over():
+    model, _, cycler = made()
+    model(torch.randn(4, 8))
+    cycler.step(1.0)
+    averaged = made()[0]
+    cycler.bind(averaged)
+    assert torch.equal(gate_of(averaged).network.histogram, gate_of(model).network.histogram)

@@ -267,7 +267,7 @@ def test_a_refused_value_is_forgotten_so_that_the_next_steps_work():
 
 def test_a_step_is_whole_where_its_warning_is_an_error():
     policy = RegimePolicy.from_yaml("gate: {scope: network}").replace(
-        cycle={"strategy": EmaReset(decay=0.5), "every": 1, "guarded": False}
+        cycle={"strategy": EmaReset(decay=0.5), "every": 1, "guarded": False, "full_share": 0}
     )
     model = wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()), policy)
     cycler = RegimeCycler(model)

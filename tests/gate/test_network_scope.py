@@ -70,7 +70,7 @@ def stepped(budget: float = 0.2, policy: RegimePolicy = NETWORK) -> tuple[nn.Mod
     """A model that has a threshold, from one step."""
     torch.manual_seed(0)
     model = wrap(mlp(), policy)
-    cycler = RegimeCycler(model, CyclePolicy(strategy=Constant(keep_ratio=budget)))
+    cycler = RegimeCycler(model, CyclePolicy(full_share=0, strategy=Constant(keep_ratio=budget)))
     model(torch.randn(32, 16))
     cycler.step()
     return model, cycler
@@ -91,7 +91,7 @@ def test_the_networks_share_is_the_budget_within_two_percent_after_ten_steps(kin
     model = WideResNet(10, 1, in_channels=1) if kind == "wide resnet" else Transformer()
     wrap(model, NETWORK)
     strategy = Sawtooth(floor=budget, decisions=25) if moving else Constant(keep_ratio=budget)
-    cycler = RegimeCycler(model, CyclePolicy(strategy=strategy, every=1))
+    cycler = RegimeCycler(model, CyclePolicy(full_share=0, strategy=strategy, every=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     found, asked = 0.0, 0.0
     for step in range(110):
@@ -116,7 +116,7 @@ def test_the_networks_share_is_the_budget_within_two_percent_after_ten_steps(kin
 def test_the_budget_goes_where_activations_are_large():
     torch.manual_seed(0)
     model = wrap(nn.ModuleDict({"small": nn.ReLU(), "large": nn.ReLU()}), NETWORK)
-    cycler = RegimeCycler(model, CyclePolicy(strategy=Constant(keep_ratio=0.2)))
+    cycler = RegimeCycler(model, CyclePolicy(full_share=0, strategy=Constant(keep_ratio=0.2)))
     for _ in range(2):
         small, large = model["small"](torch.randn(64, 64)), model["large"](10 * torch.randn(64, 64))
         cycler.step()
@@ -177,7 +177,7 @@ def test_nan_passes_and_is_not_counted():
     gate = TopKGate(NETWORK)
     model = nn.Sequential(nn.GELU())
     wrap(model, NETWORK)
-    gate, cycler = gate_of(model), RegimeCycler(model, CyclePolicy(strategy=Constant(keep_ratio=0.5)))
+    gate, cycler = gate_of(model), RegimeCycler(model, CyclePolicy(full_share=0, strategy=Constant(keep_ratio=0.5)))
     x = torch.tensor([[1.0, 2.0, torch.nan, 4.0]])
     model(x)
     cycler.step()
@@ -201,7 +201,7 @@ def test_a_step_without_a_forward_pass_keeps_the_threshold():
     cycler.step()
     assert torch.equal(gate_of(model).network.histogram, before)
     fresh = wrap(mlp(), NETWORK)
-    RegimeCycler(fresh, CyclePolicy(strategy=Constant(keep_ratio=0.2))).step()
+    RegimeCycler(fresh, CyclePolicy(full_share=0, strategy=Constant(keep_ratio=0.2))).step()
     assert gate_of(fresh).network.histogram is None
 
 
@@ -324,7 +324,7 @@ def test_prefixes_do_not_depend_on_later_tokens_and_nobody_is_warned():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrap(model, NETWORK)
-    cycler = RegimeCycler(model, CyclePolicy(strategy=Constant(keep_ratio=0.1)))
+    cycler = RegimeCycler(model, CyclePolicy(full_share=0, strategy=Constant(keep_ratio=0.1)))
     mask = nn.Transformer.generate_square_subsequent_mask(8)
     x = torch.randn(4, 8, 8)
     model(x, mask)
@@ -341,7 +341,7 @@ def test_one_graph_serves_a_hundred_ratios_and_counts_like_eager(make):
     torch.manual_seed(0)
     model = wrap(make(), NETWORK)
     eager = copy.deepcopy(model)
-    policy = CyclePolicy(strategy=Sawtooth(floor=0.05, decisions=30), every=1)
+    policy = CyclePolicy(full_share=0, strategy=Sawtooth(floor=0.05, decisions=30), every=1)
     cyclers = [RegimeCycler(model, policy), RegimeCycler(eager, policy)]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(100):

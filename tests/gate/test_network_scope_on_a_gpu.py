@@ -34,7 +34,7 @@ def test_counts_threshold_and_mask_are_those_of_the_cpu(dtype, after_relu):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_training_step_waits_for_no_device_and_keeps_the_budget():
     model = wrap(WideResNet(10, 2), RegimePolicy(gate=GatePolicy(scope="network"))).cuda()
-    cycler = RegimeCycler(model, CyclePolicy(strategy=Constant(keep_ratio=0.1)))
+    cycler = RegimeCycler(model, CyclePolicy(full_share=0, strategy=Constant(keep_ratio=0.1)))
     x = torch.randn(32, 3, 32, 32, device="cuda")
 
     def step() -> None:

@@ -164,7 +164,9 @@ def recorded(monkeypatch):
 
 def test_a_ratio_that_a_recorded_cuda_graph_will_not_see_is_told_of_once(recorded):
     recorded.set_keep_ratio(0.5)  # nothing changes
-    with pytest.warns(RuntimeWarning, match=r"recorded at keep ratio 0\.5 and replays that, not 0\.2; record it again"):
+    with pytest.warns(
+        RuntimeWarning, match=r"recorded at keep ratio 0\.5 and replays that, not keep ratio 0\.2; record it again"
+    ):
         recorded.set_keep_ratio(0.2)
     recorded.set_keep_ratio(0.1)  # a second warning would be an error
     assert recorded.keep_ratio == 0.1

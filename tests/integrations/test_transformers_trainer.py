@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
-CYCLING = example.policy("ema-reset").replace(cycle={"strategy": Sawtooth(decisions=4, floor=0.25), "every": 1})
+CYCLING = example.policy("ema-reset").replace(
+    cycle={"strategy": Sawtooth(decisions=4, floor=0.25), "every": 1, "full_share": 0}
+)
 
 
 class RegimeTrainer(RegimeTrainerMixin, Trainer):
@@ -66,6 +68,18 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_preset_is_scaled_to_the_trainers_run_and_half_of_each_batch_stays_dense(tmp_path: Path):
+    policy = RegimePolicy.preset("sawtooth").replace(gate={"scope": "position"})
+    trainer = _trained(tmp_path, policy, max_steps=12)
+
+    cycler = trainer.regime.cycler
+    assert (cycler.total_steps, cycler.updates) == (12, 12)
+    assert cycler.policy == RegimePolicy.preset("sawtooth", total_steps=12).cycle
+    densities = zip(_logged(trainer, "density"), [1.0, *_logged(trainer, "keep_ratio")], strict=False)
+    for density, ratio in densities:
+        assert density == pytest.approx((1 + int(32 * ratio) / 32) / 2, abs=0.02)
 
 
 @pytest.mark.parametrize("adapter", ["mixin", "callback"])
@@ -299,8 +313,8 @@ def test_a_model_wrapped_with_another_policy_is_refused(tmp_path: Path):
 
 
 def test_a_policy_that_is_none_is_refused():
-    with pytest.raises(PolicyError, match=r"policy must be a RegimePolicy; got str"):
-        RegimeCallback("loss-reset")  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match="preset must be one of mixed, sawtooth"):
+        RegimeCallback("los-reset")
 
 
 def test_a_signal_that_is_not_in_the_logs_is_named_with_those_that_are(tmp_path: Path):

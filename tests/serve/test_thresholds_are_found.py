@@ -23,7 +23,7 @@ from regimewrap import (
 )
 from regimewrap.errors import DataError, NotWrappedError, PolicyError
 from regimewrap.gate.gate import Site
-from regimewrap.serve.calibration import _Histogram, _Recorder
+from regimewrap.serve.histogram import Histogram, Recorder
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(96, 3, 8, 8, generator=GENERATOR)
@@ -177,7 +177,7 @@ def test_of_distinct_bfloat16_scores_exactly_as_many_stay_as_were_kept(values, d
     score = x.abs() if magnitude else x
     k = data.draw(st.integers(1, len(values)))
     after = torch.zeros_like(x).index_copy(0, score.topk(k).indices, x[score.topk(k).indices])
-    recorder = _Recorder("magnitude" if magnitude else "value")
+    recorder = Recorder("magnitude" if magnitude else "value")
 
     threshold = recorder(Site("act", "gelu"), x, after)
 
@@ -186,7 +186,7 @@ def test_of_distinct_bfloat16_scores_exactly_as_many_stay_as_were_kept(values, d
 
 
 def test_where_the_selection_keeps_nothing_nothing_stays():
-    recorder = _Recorder("magnitude")
+    recorder = Recorder("magnitude")
     x = torch.tensor([0.5, -3.0, 1.0])
 
     assert not (x.abs() > recorder(Site("act", "gelu"), x, torch.zeros(3))).any()
@@ -204,7 +204,7 @@ def test_where_the_selection_keeps_nothing_nothing_stays():
     )
 )
 def test_no_other_edge_keeps_a_count_nearer_to_the_selections(parts):
-    histogram, kept = _Histogram(), 0
+    histogram, kept = Histogram(), 0
     for scores, k in parts:
         k = min(k, sum(score != 0 for score in scores))
         histogram.add(torch.tensor(scores), k)
@@ -220,7 +220,7 @@ def test_no_other_edge_keeps_a_count_nearer_to_the_selections(parts):
 
 
 def test_memory_does_not_grow_with_the_number_of_batches():
-    histogram = _Histogram()
+    histogram = Histogram()
     for _ in range(20):
         histogram.add(torch.randn(100_000), 10_000)
 
@@ -294,7 +294,7 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
     gate = gate_of(model)
     assert (float(gate.keep_ratio), gate.thresholds, gate._recorder, gate.observers) == (0.7, {"act": 0.5}, None, [])
-    assert not gate._forced
+    assert not gate._budget.forced
 
 
 def test_the_model_is_left_as_it_was_after_an_error_too():
@@ -308,7 +308,7 @@ def test_the_model_is_left_as_it_was_after_an_error_too():
         calibrate(model, batches())
     gate = gate_of(model)
     assert model.training
-    assert (float(gate.keep_ratio), gate.thresholds, gate._recorder, gate._forced) == (1.0, None, None, False)
+    assert (float(gate.keep_ratio), gate.thresholds, gate._recorder, gate._budget.forced) == (1.0, None, None, False)
 
 
 def test_an_empty_loader_is_refused():

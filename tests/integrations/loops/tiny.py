@@ -14,7 +14,11 @@ from regimewrap import RegimeCycler, RegimePolicy
 
 # Falls and resets often. The losses are noisy, so that the ranks' own signals would disagree about when.
 POLICY = RegimePolicy().replace(
-    cycle={"strategy": {"kind": "ema-reset", "decay": 0.9, "tolerance": 0.01, "cooldown": 1}, "every": 5}
+    cycle={
+        "strategy": {"kind": "ema-reset", "decay": 0.9, "tolerance": 0.01, "cooldown": 1},
+        "every": 5,
+        "guarded": False,
+    }
 )
 
 

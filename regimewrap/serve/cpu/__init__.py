@@ -1,0 +1,1 @@
+"""Products that skip the zeros of their input, compiled by numba; imported only when something is served."""

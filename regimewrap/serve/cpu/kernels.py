@@ -1,0 +1,359 @@
+"""Convolutions and linear layers that skip the zeros of their input, on flat float32 arrays; no torch in here.
+
+For each pixel the inputs that are not zero are listed. Then tiles of output pixels are computed, some outputs at a time
+with their sums in registers, and some taps of the window at a time, so that their weights stay in the nearest cache.
+A linear layer is a window of one on pixels in a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from regimewrap.serve.cpu.vectors import (
+    AHEAD,
+    LANES,
+    add_far_rows_1,
+    add_far_rows_2,
+    add_far_rows_4,
+    add_far_rows_8,
+    add_rows_1,
+    add_rows_2,
+    add_rows_4,
+    add_rows_8,
+    lowest,
+    nonzero_mask,
+    ones,
+    prefetch,
+    transpose_16,
+)
+
+if getattr(numba.config, "DISABLE_JIT", False):
+    raise ImportError("numba's compiler is switched off by NUMBA_DISABLE_JIT")
+
+int64: Any = np.int64
+uint64: Any = np.uint64
+
+#: Output pixels of a tile, and outputs that are summed at once.
+TILE, OUTPUTS = 64, 128
+#: Bytes of weights that stay in the nearest cache with the rest that is used.
+_CACHE = 1 << 16
+
+
+def _compiled(function: Any) -> Any:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep the result: compile in each process
+        return numba.njit(**options)(function)
+
+
+def _fast(function: Any) -> Any:
+    # Sums may be made in any order; NaN and infinities stay what they are.
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)
+
+
+@_compiled
+def count(x: Any) -> Any:
+    """Return how many elements of a flat array are not zero."""
+    found, place = int64(0), int64(0)
+    while place + 64 <= x.size:
+        found += ones(nonzero_mask(x, place))
+        place += 64
+    while place < x.size:
+        found += x[place] != 0
+        place += 1
+    return found
+
+
+@_compiled
+def _list_pixels(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
+    """List what is not zero of an image whose channels lie together; list ``p`` starts at ``p * channels``."""
+    for pixel in range(pixels):
+        start = first + pixel * channels
+        k, channel = pixel * channels, int64(0)
+        while channel + 64 <= channels:
+            mask = nonzero_mask(x, start + channel)
+            while mask != uint64(0):
+                c = channel + lowest(mask)
+                units[k], values[k] = c, x[start + c]
+                k += 1
+                mask &= mask - uint64(1)
+            channel += 64
+        while channel < channels:
+            if x[start + channel] != 0:
+                units[k], values[k] = channel, x[start + channel]
+                k += 1
+            channel += 1
+        lengths[pixel] = k - pixel * channels
+
+
+@_compiled
+def _list_planes(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
+    """List the same of an image whose pixels lie together."""
+    lengths[:pixels] = 0
+    for channel in range(channels):
+        start, pixel = first + channel * pixels, int64(0)
+        while pixel + 64 <= pixels:
+            mask = nonzero_mask(x, start + pixel)
+            while mask != uint64(0):
+                p = pixel + lowest(mask)
+                k = p * channels + lengths[p]
+                units[k], values[k] = channel, x[start + p]
+                lengths[p] += 1
+                mask &= mask - uint64(1)
+            pixel += 64
+        while pixel < pixels:
+            if x[start + pixel] != 0:
+                k = pixel * channels + lengths[pixel]
+                units[k], values[k] = channel, x[start + pixel]
+                lengths[pixel] += 1
+            pixel += 1
+
+
+@numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
+def _add(
+    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
+) -> None:
+    if width == 128:
+        add_rows_8(lists, n, units, values, weight, origin, out, place)
+    elif width == 64:
+        add_rows_4(lists, n, units, values, weight, origin, out, place)
+    elif width == 32:
+        add_rows_2(lists, n, units, values, weight, origin, out, place)
+    else:
+        add_rows_1(lists, n, units, values, weight, origin, out, place)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _add_far(
+    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
+) -> None:
+    if width == 128:
+        add_far_rows_8(lists, n, units, values, weight, origin, out, place)
+    elif width == 64:
+        add_far_rows_4(lists, n, units, values, weight, origin, out, place)
+    elif width == 32:
+        add_far_rows_2(lists, n, units, values, weight, origin, out, place)
+    else:
+        add_far_rows_1(lists, n, units, values, weight, origin, out, place)
+
+
+@_compiled
+def convolve(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    out: Any,
+    begin: int,
+    end: int,
+    shape: Any,
+    window: Any,
+    x_planes: Any,
+    out_planes: Any,
+) -> None:
+    """Compute some tiles of a batch of convolved images.
+
+    Args:
+        x: the images, flat.
+        weight: flat; for each block of outputs (taps, channels, outputs of the block). Outputs are filled up to a
+            multiple of 16, and a block has 128 of them, or at the end 64, 32 and 16.
+        bias: one for each output, filled up as well.
+        out: flat; every element of the tiles is written.
+        begin: the first tile, counted through all images.
+        end: one past the last.
+        shape: height, width, channels; height, width and outputs of the result.
+        window: height, width; then stride, padding and dilation, two each.
+        x_planes: whether the pixels of a channel lie together (NCHW), or the channels of a pixel.
+        out_planes: the same of the result.
+    """
+    height, width, channels, out_height, out_width, outputs = shape
+    window_height, window_width, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x = window
+    pixels, out_pixels, step, taps = height * width, out_height * out_width, bias.size, window_height * window_width
+    tiles = (out_pixels + TILE - 1) // TILE
+    units, values = np.empty(pixels * channels + 1, np.uint32), np.empty(pixels * channels + 1, np.float32)
+    lengths, lists = np.empty(pixels, np.int64), np.empty((taps, 3), np.int64)
+    sums = np.empty((TILE + LANES) * OUTPUTS, np.float32)
+    listed, direct = int64(-1), not out_planes and outputs == step
+    for tile in range(begin, end):
+        image, first = tile // tiles, tile % tiles * TILE
+        last = min(first + TILE, out_pixels)
+        # Where the window of the first pixel begins, and where that of a pixel beyond the last column would.
+        top, left = first // out_width * stride_y - pad_y, first % out_width * stride_x - pad_x
+        right = out_width * stride_x - pad_x
+        if image != listed:
+            if x_planes:
+                _list_planes(x, image * pixels * channels, pixels, channels, units, values, lengths)
+            else:
+                _list_pixels(x, image * pixels * channels, pixels, channels, units, values, lengths)
+            listed = image
+        column = int64(0)
+        while column < step:
+            block = int64(OUTPUTS)
+            while block > step - column:
+                block //= 2
+            # Where nothing has to be turned or cut off, sums are made where they belong.
+            place = (image * out_pixels + first) * outputs + column
+            target, origin, pitch = (out, place, outputs) if direct else (sums, int64(0), block)
+            for pixel in range(last - first):
+                for i in range(block):
+                    target[origin + pixel * pitch + i] = bias[column + i]
+            base = taps * channels * column
+            group = max(min(_CACHE // (4 * channels * block), window_width), 1)
+            for tap_y in range(window_height):
+                for tap_first in range(0, window_width, group):
+                    tap_last = min(tap_first + group, window_width)
+                    # Weights that come next are fetched while these are used, a part with each pixel.
+                    ahead = base + (tap_y * window_width + tap_last) * channels * block
+                    part = (group * channels * block // LANES // (last - first) + 1) * LANES
+                    row, corner = top, left
+                    for pixel in range(last - first):
+                        y, x_0 = row + tap_y * dilation_y, corner
+                        corner += stride_x
+                        if corner == right:
+                            row, corner = row + stride_y, -pad_x
+                        for line in range(0, part, LANES):
+                            prefetch(weight, ahead + pixel * part + line)
+                        if y < 0 or y >= height:
+                            continue
+                        n = 0
+                        for tap_x in range(tap_first, tap_last):
+                            xx = x_0 + tap_x * dilation_x
+                            if 0 <= xx < width:
+                                source = y * width + xx
+                                lists[n, 0] = source * channels
+                                lists[n, 1] = lengths[source]
+                                lists[n, 2] = (tap_y * window_width + tap_x) * channels * block
+                                n += 1
+                        if n:
+                            _add(block, lists, n, units, values, weight, base, target, origin + pixel * pitch)
+            if not direct:
+                _write(sums, out, image, first, last, column, block, out_pixels, outputs, out_planes)
+            column += block
+
+
+@_compiled
+def _write(
+    sums: Any,
+    out: Any,
+    image: Any,
+    first: Any,
+    last: Any,
+    column: Any,
+    block: Any,
+    pixels: Any,
+    outputs: Any,
+    planes: Any,
+) -> None:
+    """Copy the sums of a tile to their place in the result."""
+    used = min(block, outputs - column)
+    start = image * pixels * outputs
+    if not planes:
+        for pixel in range(last - first):
+            place, source = start + (first + pixel) * outputs + column, pixel * block
+            for i in range(used):
+                out[place + i] = sums[source + i]
+        return
+    pixel = int64(0)
+    while pixel < last - first:
+        output = int64(0)
+        while output < used:
+            place = start + (column + output) * pixels + first + pixel
+            if pixel + LANES <= last - first and output + LANES <= used:
+                transpose_16(sums, pixel * block + output, block, out, place, pixels)
+            else:
+                for i in range(min(LANES, used - output)):
+                    for j in range(min(LANES, last - first - pixel)):
+                        out[place + i * pixels + j] = sums[(pixel + j) * block + output + i]
+            output += LANES
+        pixel += LANES
+
+
+@_compiled
+def linear(
+    x: Any, weight: Any, bias: Any, out: Any, begin: int, end: int, rows: int, inputs: Any, outputs: Any
+) -> None:
+    """Compute some outputs of a linear layer for a few rows; the weight is far away, and little of it is read.
+
+    Args:
+        x: flat, from (rows, inputs).
+        weight: as for ``convolve``, with one tap.
+        bias: filled up to a multiple of 16.
+        out: flat, from (rows, outputs).
+        begin: the first block of 128 outputs that is computed.
+        end: one past the last.
+        rows: how many there are.
+        inputs: length of a row of ``x``.
+        outputs: length of a row of ``out``.
+    """
+    units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
+    lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
+    for row in range(rows):
+        _list_pixels(x, row * inputs, 1, inputs, units, values, lengths)
+        units[lengths[0] : lengths[0] + AHEAD] = 0
+        lists[0, 1] = lengths[0]
+        column, stop = begin * OUTPUTS, min(end * OUTPUTS, bias.size)
+        while column < stop:
+            block = int64(OUTPUTS)
+            while block > bias.size - column:
+                block //= 2
+            for i in range(block):
+                sums[i] = bias[column + i]
+            _add_far(block, lists, 1, units, values, weight, inputs * column, sums, 0)
+            for i in range(min(block, outputs - column)):
+                out[row * outputs + column + i] = sums[i]
+            column += block
+
+
+@_compiled
+def list_places(x: Any, places: Any) -> None:
+    """Write where a flat array is not zero."""
+    k, place = int64(0), int64(0)
+    while place + 64 <= x.size:
+        mask = nonzero_mask(x, place)
+        while mask != uint64(0):
+            places[k] = place + lowest(mask)
+            k += 1
+            mask &= mask - uint64(1)
+        place += 64
+    while place < x.size:
+        if x[place] != 0:
+            places[k] = place
+            k += 1
+        place += 1
+
+
+@_fast
+def some_rows(
+    x: Any, weight: Any, bias: Any, places: Any, out: Any, begin: int, end: int, inputs: Any, outputs: Any
+) -> None:
+    """Compute the elements of a linear layer's output that ``places[begin:end]`` name, and no others.
+
+    Args:
+        x: flat, from (rows, inputs).
+        weight: flat, from (outputs, inputs).
+        bias: flat, or empty.
+        places: places in ``out``.
+        out: flat, from (rows, outputs).
+        begin: the first that is computed.
+        end: one past the last.
+        inputs: length of a row of ``x``.
+        outputs: length of a row of ``out``.
+    """
+    for i in range(begin, end):
+        place = places[i]
+        row, unit = place // outputs, place % outputs
+        if i + 1 < end:  # the next row is somewhere else, where no processor expects it
+            following = places[i + 1] % outputs * inputs
+            for line in range(0, inputs, LANES):
+                prefetch(weight, following + line)
+        total, first, start = x.dtype.type(0), row * inputs, unit * inputs
+        for j in range(inputs):
+            total += x[first + j] * weight[start + j]
+        out[place] = total + bias[unit] if bias.size else total
