@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ class Results:
         return [t for t in self.tasks if any(c["recalibrated"] for (_, task, _), c in self.cells.items() if task == t)]
 
 
-def tables(cells: list[dict[str, Any]]) -> str:
-    """Return all tables."""
+def tables(cells: list[dict[str, Any]], wanted: int) -> str:
+    """Return all tables, of as many of the wanted cells as there are."""
     results = Results(cells)
+    if not results.arms:
+        return "no preset beside dense yet\n"
     parts = [_targets(results), _against_dense(results, "mixed")] if "mixed" in results.arms else []
-    return "\n".join([*parts, _presets(results), _batchnorm(results), _conditions(results)])
+    return "\n".join([*parts, _presets(results), _batchnorm(results), _conditions(results, wanted)])
 
 
 def _targets(results: Results) -> str:
@@ -111,29 +113,33 @@ def _half_width(values: list[float]) -> float:
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def _spread(values: list[float], unit: str, of: Callable[[list[float]], float]) -> str:
+    return f" ± {_figure(of(values), unit, sign=False)}" if len(values) > 1 else ""
+
+
 def _against_dense(results: Results, arm: str) -> str:
     rows = []
     for task in results.tasks:
         unit, dense = results.unit[task], [*results.values("dense", task, "1").values()]
         gains = results.gains(arm, task, "1")
-        if len(gains) < 2:
+        if not gains:
             continue
-        mean, sd = (_figure(of(dense), unit, sign=False) for of in (statistics.mean, statistics.stdev))
         below = [statistics.mean(results.gains(arm, task, ratio)) for ratio in RATIOS[1:]]
         rows.append(
             [
                 task + (" (nats)" if unit == "nats" else ""),
-                f"{mean} ± {sd}",
-                f"{_figure(statistics.mean(gains), unit)} ± {_figure(_half_width(gains), unit, sign=False)}",
+                str(len(gains)),
+                _figure(statistics.mean(dense), unit, sign=False) + _spread(dense, unit, statistics.stdev),
+                _figure(statistics.mean(gains), unit) + _spread(gains, unit, _half_width),
                 _figure(min(gains), unit),
                 *(_figure(value, unit) for value in below),
             ]
         )
     means = [_mean_gain(results, arm, ratio) for ratio in RATIOS]
     rows.append(
-        ["**mean over tasks in points**", "", f"**{means[0]:+.2f}**", "", *(f"**{m:+.1f}**" for m in means[1:])]
+        ["**mean over tasks in points**", "", "", f"**{means[0]:+.2f}**", "", *(f"**{m:+.1f}**" for m in means[1:])]
     )
-    head = ["task", "dense at 1", f"{arm} at 1", "worst seed", *(f"at {ratio}" for ratio in RATIOS[1:])]
+    head = ["task", "seeds", "dense at 1", f"{arm} at 1", "worst seed", *(f"at {ratio}" for ratio in RATIOS[1:])]
     return f"## `{arm}` against dense\n\n{_markdown(head, rows)}"
 
 
@@ -153,6 +159,7 @@ def _presets(results: Results) -> str:
         rows.append(
             [
                 f"`{arm}`",
+                str(sum(len(results.gains(arm, task, "1")) for task in results.tasks)),
                 f"{statistics.mean(gained['1'][task] for task in points):+.2f}",
                 f"{gained['1'][worst]:+.1f} ({worst})",
                 f"{run:+.1f} ({where})",
@@ -161,7 +168,7 @@ def _presets(results: Results) -> str:
                 f"{sum(gain > 0 for gain in gained['0.1'].values())} of {len(gained['0.1'])}",
             ]
         )
-    head = ["preset", "at 1, mean", "worst task", "worst run", "language models, nats"]
+    head = ["preset", "runs", "at 1, mean", "worst task", "worst run", "language models, nats"]
     head += [*(f"at {ratio}" for ratio in RATIOS[2:]), "tasks better at 0.1"]
     return f"## Every preset against dense\n\n{_markdown(head, rows)}"
 
@@ -183,7 +190,7 @@ def _batchnorm(results: Results) -> str:
     return f"## BatchNorm's statistics\n\n{_markdown(head, rows)}"
 
 
-def _conditions(results: Results) -> str:
+def _conditions(results: Results, wanted: int) -> str:
     """Return what was run, where, and how much work it was."""
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=PAGE.parent, capture_output=True, text=True, check=False
@@ -192,9 +199,9 @@ def _conditions(results: Results) -> str:
         f"{name} {importlib.metadata.version(name)}"
         for name in ("regimewrap", "torch", "timm", "transformers", "scikit-learn")
     ]
-    seconds = sum(cell["seconds"] for cell in results.cells.values())
+    minutes = sum(cell["seconds"] for cell in results.cells.values()) / 60
     return (
-        f"{len(results.cells)} trainings, {seconds / 60:.0f} minutes of one core ({_processor()}, {os.cpu_count()} "
+        f"{len(results.cells)} of {wanted} trainings, {minutes:.0f} minutes of one core ({_processor()}, {os.cpu_count()} "
         f"cores, one thread a training). Python {platform.python_version()}, {', '.join(versions)}; "
         f"commit {git.stdout.strip() or 'unknown'}.\n"
     )

@@ -86,7 +86,7 @@ def main() -> None:
         for path in (options.cells / cell.name for cell in wanted)
         if path.exists()
     ]
-    text = tables(found)
+    text = tables(found, len(wanted))
     print(text)
     if options.cells == CELLS and options.changes == "{}" and options.seeds == "0-4":
         into_page(text)

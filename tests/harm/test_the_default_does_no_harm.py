@@ -117,7 +117,8 @@ def test_the_tables_are_made_of_cells_alone():
         for seed in (0, 1)
     ]
 
-    text = tables(json.loads(json.dumps(cells)))
+    text = tables(json.loads(json.dumps(cells)), 30)
 
     assert "`mixed` against dense" in text
-    assert "| `loss-reset` | +0.00 |" in text
+    assert "| `loss-reset` | 4 | +0.00 |" in text
+    assert "24 of 30 trainings" in text
