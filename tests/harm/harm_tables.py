@@ -201,8 +201,8 @@ def _conditions(results: Results, wanted: int) -> str:
     ]
     minutes = sum(cell["seconds"] for cell in results.cells.values()) / 60
     return (
-        f"{len(results.cells)} of {wanted} trainings, {minutes:.0f} minutes of one core ({_processor()}, {os.cpu_count()} "
-        f"cores, one thread a training). Python {platform.python_version()}, {', '.join(versions)}; "
+        f"{len(results.cells)} of {wanted} trainings, {minutes:.0f} minutes of one core ({_processor()}, "
+        f"{os.cpu_count()} cores, one thread a training). Python {platform.python_version()}, {', '.join(versions)}; "
         f"commit {git.stdout.strip() or 'unknown'}.\n"
     )
 
