@@ -176,6 +176,8 @@ def _presets(results: Results) -> str:
 def _batchnorm(results: Results) -> str:
     rows = []
     for arm in results.arms:
+        if not any(results.gains(arm, task, "1") for task in results.with_batchnorm()):
+            continue
         for name, again in (("as trained", False), ("recalibrated", True)):
             gains = [
                 [
