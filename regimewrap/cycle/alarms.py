@@ -102,8 +102,8 @@ class Alarms:
         return (
             f"no gate has cut anything in {updates} updates: the keep ratio {lowest}, and a gate binds only below the "
             "share of units that are active, about one half after a ReLU. If the policy's numbers belong to a longer "
-            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, the '
-            "signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs no signal and binds at once."
+            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, '
+            "the signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs no signal."
         )
 
     def stuck(self, floor: float | None, keep_ratio: float, held: int, way_down: int) -> str | None:
