@@ -60,7 +60,6 @@ class Alarms:
         if sample.calls:
             self._passed, self._missed, self.bound = True, 0, sample.bound
             self._has_cut = self._has_cut or sample.bound > 0
-            self._lowest = min(self._lowest, float(gate.keep_ratio))
             self._next = updates + min(updates, PATIENCE)
             return
         weights = _versions(gate)
@@ -68,6 +67,7 @@ class Alarms:
         # A CUDA graph replays what passed once, and is not seen. Nor is a loop that only counts.
         if not trained or (self._passed and any(each.device.type != "cpu" for each in _parameters(gate))):
             self._missed = 0
+            self._next = updates + min(max(updates // 8, 8), PATIENCE)
             return
         self._missed += 1
         if self._missed > DOUBTS:
@@ -88,7 +88,7 @@ class Alarms:
                 return
             if not self._missed:
                 self._weights = _versions(gate)
-            self._looking = True
+            self._looking, self._lowest = True, min(self._lowest, keep_ratio)
             gate.sample_next()
 
     def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
@@ -102,8 +102,8 @@ class Alarms:
         return (
             f"no gate has cut anything in {updates} updates: the keep ratio {lowest}, and a gate binds only below the "
             "share of units that are active, about one half after a ReLU. If the policy's numbers belong to a longer "
-            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, '
-            "the signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs no signal."
+            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, the '
+            "signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs none and binds at once."
         )
 
     def stuck(self, floor: float | None, keep_ratio: float, held: int, way_down: int) -> str | None:
