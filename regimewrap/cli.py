@@ -90,13 +90,13 @@ def _top(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("regimewrap-demo"),
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each arm.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each arm.")] = 8,
 ) -> int:
-    """Train one small network on digits: dense, and with two policies that move its budget. Write a report."""
+    """Train one small network on digits for many budgets, and a dense twin. Write a report."""
     _require_plotting()
     with claimed_folder(out):
         data = load_data(DEMO_WORK.source, limit=DEMO_WORK.limit)
-        jobs = demo_jobs(DEMO_WORK, len(data.train), range(seeds))
+        jobs = demo_jobs(range(seeds))
         workers = min(default_workers(), len(jobs))
         arms = ", ".join(dict.fromkeys(job.arm for job in jobs))
         typer.echo(f"{DEMO_WORK.settings.arch}, {len(data.train)} digits; {arms}: {len(jobs)} runs, {workers} at once.")

@@ -76,7 +76,9 @@ def watched(
     root, prefix = _root_of(model, gate)
     known = {each.activation.name: each.selected for each in verdicts}
     planned = [each.activation for each in verdicts] or find(root)
-    gated_sites, seen, made = [], {}, {}
+    gated_sites: list[Site] = []
+    seen: dict[int, Tensor] = {}
+    made: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
 
     def saw_gate(site: Site, before: Tensor, after: Tensor) -> None:  # an Observer
         gated_sites.append(site)
@@ -96,7 +98,7 @@ def watched(
             output = model(*args, **kwargs)
     finally:
         gate.observers = watching
-    judge = _Judge(root, planned, census, gate.policy.sites, known)
+    judge = _Judge(root, planned, census, gate.policy.sites, known, {site.name for site in gated_sites})
     gated = dict.fromkeys(site.name for site in gated_sites)
     idle = [site.name for site in gate.sites if site.name not in gated and f"{site.name}.".startswith(prefix)]
     sites = {site.name for site in gate.sites}
@@ -127,7 +129,9 @@ class _Judge:
         census: Census,
         policy: SitePolicy,
         known: Mapping[str, bool],
+        gated: set[str],
     ) -> None:
+        self._gated = gated
         self._root, self._planned, self._ran, self._called = root, planned, census.ran, census.called
         self._policy, self._known_to_plan = policy, known
         self._purpose = functools.cache(lambda: Purpose(Dataflow(root), census.shapes))
@@ -191,7 +195,7 @@ class _Judge:
             kind = type(module).__name__
             replaced = module is not None and "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
             # A forward that leads to other sites of the module is the module's own.
-            replaced = replaced and not any(self._is_own_call(site.name, path, module) for site in self.gated_sites)
+            replaced = replaced and not any(self._is_own_call(each, path, module) for each in self._gated)
             if replaced:
                 bypassed[name] = (
                     f"the forward of {path or 'the model'} ({kind}) has been replaced, by a fused kernel perhaps, "

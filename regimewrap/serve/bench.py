@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import statistics
 import time
@@ -194,15 +195,16 @@ def _compiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _int8(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
-    quantised: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    quantised = quantise(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     return lambda: quantised(*args, **kwargs)
 
 
 def _onnxruntime(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
-    import onnxruntime  # no extra of ours: it is timed where it is installed
-
+    onnxruntime: Any = importlib.import_module("onnxruntime")  # no extra of ours: it is timed where it is installed
+    export: Any = torch.onnx.export
     file = io.BytesIO()
-    torch.onnx.export(model, args, file, kwargs=kwargs, dynamo=False)
+    export(model, args, file, kwargs=kwargs, dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])

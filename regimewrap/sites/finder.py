@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from regimewrap.sites import catalog
 from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.read.calls import Call, find_calls, find_dropped, in_place_target
-from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, own_methods, span_of
+from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, code_of, own_methods, span_of
 from regimewrap.sites.read.graphs import graphs_of
 from regimewrap.sites.read.helpers import Helper, calls_itself, find_helpers
 from regimewrap.sites.read.named import function_of, kind_of_short
@@ -67,8 +67,8 @@ class Activation:
     def code(self) -> types.CodeType | None:
         """The code that makes the call."""
         if self.through:
-            return body_of(self.through[-1].function).__code__
-        return self.method.function.__code__ if self.method is not None else None
+            return code_of(body_of(self.through[-1].function))
+        return code_of(self.method.function) if self.method is not None else None
 
 
 _LAZY = "its module is lazy; call the model once, then wrap it"
@@ -183,7 +183,7 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
             if not _reached_by_super(type(module), name, owner):
                 continue
             place = f"{prefix}{owner.__name__}.{name}"
-        calls = find_calls(function, module, registered, callees=seen[method.function.__code__])
+        calls = find_calls(function, module, registered, callees=seen[code_of(method.function)])
         found = [*_named(place, calls, method, path), *_in_helpers(place, method, function, module)]
         followed = {span for each in found for helper in each.through[:1] for span in helper.spans}
         for each in found:
@@ -191,10 +191,11 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
                 listed[each.code, each.call.span if each.call is not None else NOWHERE] = None
                 yield each
     # What a function does that is gated as a whole, where it is called, is reached.
-    for code, span in listed:
-        for callee in seen[code].get(span, ()) if code is not None else ():
-            function = function_of(callee) if kind_of_short(callee) is not None else None
-            seen.pop(function.__code__ if function is not None else None, None)
+    for calling, span in listed:
+        for callee in seen[calling].get(span, ()) if calling is not None else ():
+            gated = function_of(callee) if kind_of_short(callee) is not None else None
+            if gated is not None:
+                seen.pop(code_of(gated), None)
     yield from _elsewhere(path, prefix, seen, listed, registered)
 
 
@@ -249,8 +250,9 @@ def _elsewhere(
                 ]
                 if id(callee) in registered:
                     continue
+                label: str
                 if isinstance(callee, torch.jit.ScriptFunction):
-                    label, inside = callee.name, _in_script_graph(callee.inlined_graph)
+                    label, inside = str(callee.name), _in_script_graph(callee.inlined_graph)
                     kinds = [(kind, "it is scripted; wrap before torch.jit.script") for _, kind in inside]
                 else:
                     label = getattr(callee, "__name__", "") if isinstance(callee, type | types.FunctionType) else ""
@@ -276,5 +278,9 @@ def _problem(method: str, call: Call) -> str | None:
 def _reached_by_super(cls: type, method: str, owner: type) -> bool:
     """Say whether an overridden method can still be called, by ``super()`` in each class that overrides it."""
     overriding = [vars(home).get(method) for home in cls.__mro__[: cls.__mro__.index(owner)]]
-    codes = [getattr(body_of(each), "__code__", None) for each in overriding if each is not None]
+    codes = [
+        code_of(body) if isinstance(body := body_of(each), types.FunctionType) else None
+        for each in overriding
+        if each is not None
+    ]
     return all(code is not None and "__class__" in code.co_freevars and method in code.co_names for code in codes)

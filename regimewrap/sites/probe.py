@@ -57,7 +57,8 @@ def own(model: nn.Module) -> nn.Module:
         return model
     try:
         # torch copies lazy parameters, and not lazy buffers.
-        return copy.deepcopy(model, {id(each): UninitializedBuffer(device=each.device) for each in lazy})
+        empty: Any = UninitializedBuffer  # its type tells of no device
+        return copy.deepcopy(model, {id(each): empty(device=each.device) for each in lazy})
     except Exception as error:
         raise WrapError(
             f"{type(model).__name__} has lazy layers and cannot be copied ({error}); call it once, then wrap it."

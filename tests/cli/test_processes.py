@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import subprocess
 import sys
@@ -132,7 +131,7 @@ def test_an_interrupted_demo_leaves_nothing_half_written_and_no_process(start, t
 
 
 @pytest.mark.slow
-def test_the_demo_moves_the_budget_through_full_cycles_and_reports(start, tmp_path):
+def test_the_demo_visits_all_budgets_and_shows_a_gain_at_small_ones(start, tmp_path):
     out = tmp_path / "report"
     process = start("demo", "--seeds", 1, "--out", out)
 
@@ -147,16 +146,12 @@ def test_the_demo_moves_the_budget_through_full_cycles_and_reports(start, tmp_pa
         "keep-ratio-trace.png",
     }
     experiment = Experiment.model_validate_json((out / "results.json").read_text())
-    dense, reset, relax = (experiment.runs_of(arm)[0] for arm in ("dense", "loss-reset", "accuracy-relax"))
+    dense, mixed = (experiment.runs_of(arm)[0] for arm in ("dense", "mixed"))
     assert {point.keep_ratio for point in dense.trace} == {1.0}
     assert dense.bound_share == 0
-    assert full_cycles(reset.trace, "reset") >= 2
-    assert full_cycles(relax.trace, "relax") >= 2
-    assert reset.bound_share > 0.5 < relax.bound_share
-    assert min(dense.accuracy["1.0"], reset.accuracy["1.0"], relax.accuracy["1.0"]) > 0.85
-
-
-def full_cycles(trace, event):
-    """Count the times the budget was compressed below a quarter, given back, and more than doubled by that."""
-    pairs = itertools.pairwise(trace)
-    return sum(a.event == event and a.keep_ratio < 0.25 and b.keep_ratio > 2 * a.keep_ratio for a, b in pairs)
+    ratios = [point.keep_ratio for point in mixed.trace]
+    assert min(ratios) < 0.07
+    assert max(ratios) > 0.7
+    assert mixed.bound_share > 0.5
+    assert min(dense.accuracy["1.0"], mixed.accuracy["1.0"]) > 0.85
+    assert mixed.accuracy["0.1"] > dense.accuracy["0.1"] + 0.05

@@ -108,7 +108,7 @@ ARMS: dict[str, Arm] = {
     "sawtooth": Arm("The keep ratio from 1 to 0.05 in cycles, for the whole batch.", _preset("sawtooth", 0.0)),
     "sawtooth-half": Arm("The same for half of the batch; the other half dense.", _preset("sawtooth", 0.5)),
     "random-sawtooth": Arm(
-        "As sawtooth, but the units that survive are drawn, and scaled up as dropout does.",
+        "As sawtooth, but the units that survive are drawn; nothing else differs.",
         _preset("sawtooth", 0.0),
         units="random",
     ),
@@ -118,7 +118,7 @@ ARMS: dict[str, Arm] = {
     "accuracy-relax-half": Arm("The same for half of the batch.", _preset("accuracy-relax", 0.5)),
     "mixed": Arm("Half of each batch dense, the other half at ratios spread over [0.05, 1].", _preset("mixed", 0.5)),
     "random-mixed": Arm(
-        "As mixed, but the units that survive are drawn, and scaled up as dropout does.",
+        "As mixed, but the units that survive are drawn; nothing else differs.",
         _preset("mixed", 0.5),
         units="random",
     ),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import time
 import traceback
 import warnings
@@ -171,7 +172,9 @@ def write_cell(cell: Cell, path: Path, figures: dict[str, Any], seconds: float) 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = {**versions(), "device": device_text(device), "processor": _processor(), "seconds": round(seconds, 1)}
     record = {"cell": cell.model_dump(mode="json"), "figures": figures, "made": made}
-    write_whole(path, json.dumps(_without_nan(record), indent=1) + "\n")
+    text = json.dumps(_without_nan(record), indent=1)
+    # A point of a trace on one line.
+    write_whole(path, re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def keep_failure(cell: Cell, folder: str, error: BaseException) -> str:

@@ -196,6 +196,8 @@ class Processes(ThreadPoolExecutor):
             raise RegimewrapError("the run was stopped")
         process.start()
         self._running.add(process)
+        if self._stopped.is_set():  # while it was starting
+            process.terminate()
         theirs.close()
         try:
             ok, answer = ours.recv()
@@ -239,7 +241,7 @@ def executor_for(where: str, workers: int, folder: Path) -> Submits:
             from distributed import Client
         except ImportError:
             raise MissingExtraError("distributed", "study") from None
-        executor: Submits = Client(rest).get_executor()  # type: ignore[no-untyped-call]
+        executor: Submits = Client(rest).get_executor()
         return executor
     raise DataError(
         f"--on must be local, slurm, slurm:partition=NAME,timeout_min=90 or dask:tcp://HOST:8786; got {where!r}."

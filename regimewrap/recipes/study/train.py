@@ -217,13 +217,13 @@ def _hooked(sites: list[nn.Module], gate: TopKGate, setup: Setup) -> tuple[list[
 
 
 def _random_units(gate: TopKGate, rate: float | None) -> Callable[[Tensor], Tensor]:
-    """Return what keeps units at random and scales them up, as dropout does: at a rate, or at the gate's ratio."""
+    """Return dropout at a rate or, without one, what keeps units at random at the gate's ratio, unscaled as it does."""
 
     def change(y: Tensor) -> Tensor:
         if rate is not None:
             return F.dropout(y, rate)
         keep_ratio = float(gate.keep_ratio)
-        dropped = F.dropout(y, 1 - keep_ratio) if keep_ratio < 1 else y
+        dropped = torch.where(torch.rand_like(y) < keep_ratio, y, 0.0) if keep_ratio < 1 else y
         rows = getattr(gate, "dense_rows", None)
         if rows is None:
             return dropped

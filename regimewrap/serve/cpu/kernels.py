@@ -1,12 +1,12 @@
 """Convolutions and linear layers that skip the zeros of their input, on flat float32 arrays; no torch in here.
 
 For each pixel the inputs that are not zero are listed. Then tiles of output pixels are computed, some outputs at a time
-with their sums in registers, and some taps of the window at a time, so that their weights stay in the nearest cache.
-A linear layer is a window of one on pixels in a row.
+with their sums in registers, and some taps at a time, so that their weights stay in the nearest cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numba
@@ -36,27 +36,15 @@ if getattr(numba.config, "DISABLE_JIT", False):
 int64: Any = np.int64
 uint64: Any = np.uint64
 
-#: Output pixels of a tile, and outputs that are summed at once.
-TILE, OUTPUTS = 64, 128
-#: Bytes of weights that stay in the nearest cache with the rest that is used.
-_CACHE = 1 << 16
+TILE, OUTPUTS = 64, 128  # output pixels of a tile, and outputs that are summed at once
+_CACHE = 1 << 16  # bytes of weights that stay in the nearest cache with the rest that is used
 
 
-def _compiled(function: Any) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
+def _compiled(function: Any, **more: Any) -> Any:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", **more}
+    with contextlib.suppress(RuntimeError):  # nowhere to keep the result: compile in each process
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep the result: compile in each process
-        return numba.njit(**options)(function)
-
-
-def _fast(function: Any) -> Any:
-    # Sums may be made in any order; NaN and infinities stay what they are.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
+    return numba.njit(**options)(function)
 
 
 @_compiled
@@ -283,14 +271,14 @@ def linear(
 
     Args:
         x: flat, from (rows, inputs).
-        weight: as for ``convolve``, with one tap.
-        bias: filled up to a multiple of 16.
+        weight: as for ``convolve``, with one tap; so is the bias.
+        bias: filled up.
         out: flat, from (rows, outputs).
-        begin: the first block of 128 outputs that is computed.
+        begin: the first block of 128 outputs.
         end: one past the last.
         rows: how many there are.
         inputs: length of a row of ``x``.
-        outputs: length of a row of ``out``.
+        outputs: the same of ``out``.
     """
     units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
     lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
@@ -329,8 +317,7 @@ def list_places(x: Any, places: Any) -> None:
         place += 1
 
 
-@_fast
-def some_rows(
+def _some_rows(
     x: Any, weight: Any, bias: Any, places: Any, out: Any, begin: int, end: int, inputs: Any, outputs: Any
 ) -> None:
     """Compute the elements of a linear layer's output that ``places[begin:end]`` name, and no others.
@@ -344,7 +331,7 @@ def some_rows(
         begin: the first that is computed.
         end: one past the last.
         inputs: length of a row of ``x``.
-        outputs: length of a row of ``out``.
+        outputs: the same of ``out``.
     """
     for i in range(begin, end):
         place = places[i]
@@ -357,3 +344,7 @@ def some_rows(
         for j in range(inputs):
             total += x[first + j] * weight[start + j]
         out[place] = total + bias[unit] if bias.size else total
+
+
+# Sums may be made in any order; NaN and infinities stay what they are.
+some_rows: Any = _compiled(_some_rows, fastmath={"reassoc", "contract"})

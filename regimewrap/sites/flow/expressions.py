@@ -29,7 +29,7 @@ from regimewrap.sites.flow.writing import (
     either,
     unknown,
 )
-from regimewrap.sites.read.code import UNKNOWN, attribute_of, span_of, stored
+from regimewrap.sites.read.code import UNKNOWN, attribute_of, code_of, span_of, stored
 
 #: Containers with more entries than this are not read.
 _MOST = 512
@@ -49,10 +49,11 @@ class Expressions(Writer):
                 return around[name]
             around = around.cells
         function = env.function
-        if name in function.__code__.co_freevars:
+        if name in code_of(function).co_freevars:
             try:
-                return own(function.__closure__[function.__code__.co_freevars.index(name)].cell_contents)
-            except (ValueError, TypeError):
+                cells = function.__closure__ or ()
+                return own(cells[code_of(function).co_freevars.index(name)].cell_contents)
+            except (ValueError, IndexError):
                 return UNKNOWN
         return own(function.__globals__.get(name, getattr(builtins, name, UNKNOWN)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -114,7 +115,7 @@ def _dims(flow: Dataflow, path: str, node: fx.Node, depth: int) -> _Dims:
             return _NOTHING
         found = _agreed(flow, inputs, depth + 1)
         # What is split into features is split along the channels.
-        along = node.kwargs.get("dim", (*node.args, None, None)[2])
+        along: Any = node.kwargs.get("dim", (*node.args, None, None)[2])
         return (along, found[1]) if name in SPLITTING and found[0] is None and along in (1, -1) else found
     if name in ("reshape_as", "view_as"):
         return _agreed(flow, inputs[1:], depth + 1)

@@ -135,9 +135,10 @@ class Purpose:
             return [(path, node) for node in module.graph.nodes if node.name == name and node.op != "call_module"]
         if activation.name == path:
             return self.flow.calls(path)
-        if activation.call is None or activation.method is None:
+        code = activation.code
+        if activation.call is None or activation.method is None or code is None:
             return []
-        frames: tuple[Frame, ...] = ((activation.code, activation.call.span),)
+        frames: tuple[Frame, ...] = ((code, activation.call.span),)
         return [(path, node) for node in self.flow.computed(path, activation.method.name, frames)]
 
     def _narrows(self, path: str, node: fx.Node) -> bool:

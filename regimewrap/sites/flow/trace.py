@@ -33,7 +33,7 @@ from regimewrap.sites.flow.writing import (
     Trace,
     unknown,
 )
-from regimewrap.sites.read.code import UNKNOWN, attribute_of, body_of, parse, span_of
+from regimewrap.sites.read.code import UNKNOWN, attribute_of, body_of, code_of, parse, span_of
 
 
 class Tracer(Statements):
@@ -273,7 +273,7 @@ def _is_star(value: Any) -> bool:
 
 
 def _defaults(function: types.FunctionType) -> dict[str, Any]:
-    code = function.__code__
+    code = code_of(function)
     named = code.co_varnames[: code.co_argcount]
     found = dict(zip(reversed(named), reversed(function.__defaults__ or ()), strict=False))
     return {name: own(value) for name, value in (found | (function.__kwdefaults__ or {})).items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from regimewrap.sites.read.code import UNKNOWN, Span
+from regimewrap.sites.read.code import UNKNOWN, Span, code_of
 
 #: A function, by its code, and a place in it: where a call stands. The last of a node's frames made it.
 Frame = tuple[types.CodeType, Span]
@@ -132,7 +132,7 @@ class Env(dict[str, Any]):
 
     def __init__(self, function: types.FunctionType, cells: Any = None, code: Any = None) -> None:
         super().__init__()
-        self.function, self.cells, self.code = function, cells, code or function.__code__
+        self.function, self.cells, self.code = function, cells, code or code_of(function)
 
     def copy(self) -> Env:
         """Return the same names, to be changed by themselves."""

@@ -22,6 +22,7 @@ from regimewrap.sites.read.code import (
     Span,
     body_of,
     call_nodes,
+    code_of,
     constant_of,
     in_evaluation_order,
     names_in,
@@ -81,12 +82,12 @@ def find_calls(
     held = held_activations(module) if module is not None else set()
     known = {span: _kinds_called(values, registered) for span, values in callees.items()}
     known = {span: kinds for span, kinds in known.items() if any(kinds)}
-    if not known and not names_activation(function) and not held & names_in(function.__code__):
+    if not known and not names_activation(function) and not held & names_in(code_of(function)):
         return []
     if parse(function) is None:
         children = {name for each in module.modules() for name in each._modules} if module is not None else set()
         kinds = {
-            name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in names_in(function.__code__)
+            name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in names_in(code_of(function))
         }
         return [Call(name, kind, NOWHERE) for name, kind in sorted(kinds.items()) if kind and name not in children]
     scope = Scope(function, module, arguments)
@@ -116,7 +117,7 @@ def _kinds_called(values: Sequence[Any], registered: Set[int]) -> tuple[str | No
 def _swishes(function: types.FunctionType) -> tuple[ast.expr, ...]:
     """Return the expressions that spell a swish out: ``x * sigmoid(x)``, ``x * sigmoid(x * alpha)``."""
     tree, scope = parse(function), Scope(function)
-    if tree is None or "sigmoid" not in names_in(function.__code__):
+    if tree is None or "sigmoid" not in names_in(code_of(function)):
         return ()
     return tuple(node for statement in tree.body for node in in_evaluation_order(statement) if _is_swish(node, scope))
 
@@ -162,7 +163,7 @@ def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]
         for parameter in set(_factors(body_of(helper), depth - 1).values()):
             given = [_argument(node, helper, parameter) for node in nodes]
             handed = {_root_name(each.body if isinstance(each, ast.IfExp) else each) for each in given if each}
-            optional |= {each for each in handed if each is not None and each != function.__code__.co_varnames[0]}
+            optional |= {each for each in handed if each is not None and each != code_of(function).co_varnames[0]}
     sides: list[ast.expr] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
@@ -176,7 +177,7 @@ def _factors(function: types.FunctionType, depth: int = 1) -> Mapping[Span, str]
 
 
 def _argument(call: ast.Call, callee: types.FunctionType, name: str) -> ast.expr | None:
-    code = body_of(callee).__code__
+    code = code_of(body_of(callee))
     named = dict(zip(code.co_varnames[: code.co_argcount], call.args, strict=False))
     named |= {each.arg: each.value for each in call.keywords if each.arg is not None}
     found = named.get(name)

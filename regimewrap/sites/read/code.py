@@ -42,9 +42,9 @@ def body_of(function: types.FunctionType) -> types.FunctionType:
     return function
 
 
-def code_of(function: types.FunctionType) -> types.CodeType:
+def code_of(function: types.FunctionType | types.MethodType) -> types.CodeType:
     """Return the code that the user wrote, also while a wrapped model has the function run other code."""
-    exchange = EXCHANGED.get(function)
+    exchange = EXCHANGED.get(function)  # type: ignore[arg-type]
     code: types.CodeType = function.__code__ if exchange is None else exchange.original
     return code
 
@@ -57,7 +57,7 @@ def parse(function: types.FunctionType) -> ast.FunctionDef | None:
     that is not the code that runs, since the file was edited after the import, is not read.
     """
     try:
-        source = inspect.getsource(function.__code__)
+        source = inspect.getsource(code_of(function))
         # Indented code is not dedented, which would change its multi-line strings, but put into a block.
         indented = source[:1] in " \t"
         body = ast.parse(f"if 1:\n{source}" if indented else source).body
@@ -69,7 +69,7 @@ def parse(function: types.FunctionType) -> ast.FunctionDef | None:
         return None  # a lambda, or several definitions on one line
     if indented:
         ast.increment_lineno(body[0], -1)
-    return body[0] if _is_source_of(body[0], function.__code__) else None
+    return body[0] if _is_source_of(body[0], code_of(function)) else None
 
 
 def _is_source_of(tree: ast.FunctionDef, code: types.CodeType) -> bool:
@@ -136,7 +136,7 @@ class Scope:
         module: nn.Module | None = None,
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        code = function.__code__
+        code = code_of(function)
         self.function = function
         self.module = module
         self.arguments = arguments

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.read.code import Scope, Span, body_of, call_nodes, constant_of, names_in, span_of
+from regimewrap.sites.read.code import Scope, Span, body_of, call_nodes, code_of, constant_of, names_in, span_of
 from regimewrap.sites.read.memory import remembered
 from regimewrap.sites.read.named import names_activation
 
@@ -56,12 +56,12 @@ def _held_helper_nodes(
         return []
     cls: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
     held = {name: value for name, value in module.__dict__.items() if isinstance(value, types.FunctionType)}
-    held = {name: value for name, value in (_static_methods(cls) | held).items() if name in names_in(function.__code__)}
+    held = {name: value for name, value in (_static_methods(cls) | held).items() if name in names_in(code_of(function))}
     held = {name: value for name, value in held.items() if _is_helper(value, _DEPTH - 1)}
     nodes: dict[str, list[ast.Call]] = {}
     for node, _ in call_nodes(function) if held else ():
         base = node.func.value if isinstance(node.func, ast.Attribute) else None
-        if isinstance(base, ast.Name) and base.id == function.__code__.co_varnames[0] and node.func.attr in held:  # type: ignore[attr-defined]
+        if isinstance(base, ast.Name) and base.id == code_of(function).co_varnames[0] and node.func.attr in held:  # type: ignore[attr-defined]
             nodes.setdefault(node.func.attr, []).append(node)  # type: ignore[attr-defined]
     return [(held[name], each) for name, each in nodes.items()]
 
@@ -108,7 +108,7 @@ def _reaches_activation(function: types.FunctionType, depth: int) -> bool:
 
 def _named(function: types.FunctionType) -> list[Any]:
     """Return the globals and closed-over values that code may mean, those of modules that it names among them."""
-    scope, names = Scope(function), names_in(function.__code__)
+    scope, names = Scope(function), names_in(code_of(function))
     values = [scope.value_of(ast.Name(name, ast.Load())) for name in names]
     homes = [vars(each) for each in values if isinstance(each, types.ModuleType | type) and each is not torch]
     inside = [home[name] for home in homes for name in names if name in home]
@@ -132,7 +132,7 @@ def calls_itself(function: types.FunctionType) -> bool:
 
 def _same_arguments(helper: types.FunctionType, nodes: Sequence[ast.Call], scope: Scope) -> dict[str, Any]:
     """Return the plain arguments of a function that are known, and the same in each of its calls."""
-    code = body_of(helper).__code__
+    code = code_of(body_of(helper))
     names = code.co_varnames[: code.co_argcount]
     defaults = dict(zip(reversed(names), reversed(body_of(helper).__defaults__ or ()), strict=False))
     defaults |= body_of(helper).__kwdefaults__ or {}

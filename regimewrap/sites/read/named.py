@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from regimewrap.sites import catalog
-from regimewrap.sites.read.code import TORCH_LAYERS, UNKNOWN, Scope, constant_of, names_in
+from regimewrap.sites.read.code import TORCH_LAYERS, UNKNOWN, Scope, code_of, constant_of, names_in
 from regimewrap.sites.read.memory import remembered
 
 
@@ -77,7 +77,7 @@ def function_of(value: Any) -> types.FunctionType | None:
 
 @remembered
 def _kind_returned(value: types.FunctionType) -> str | None:
-    code = value.__code__
+    code = code_of(value)
     steps = [each.opname for each in dis.get_instructions(code) if each.opname not in ("CACHE", "RESUME", "NOP")]
     calls = [name for name in steps if name.startswith("CALL") and "INTRINSIC" not in name]
     if len(calls) != 1 or len(steps) < 2 or steps[-1] != "RETURN_VALUE" or not steps[-2].startswith("CALL"):
@@ -100,7 +100,7 @@ def _content(cell: types.CellType) -> Any:
 @remembered
 def names_activation(function: types.FunctionType) -> bool:
     """Say whether code uses a name that may be an activation's, whatever it does with it."""
-    names = names_in(function.__code__)
+    names = names_in(code_of(function))
     return any(
         name in catalog.TENSOR_METHODS
         or catalog.kind_of_name(name) is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -88,3 +90,38 @@ def test_ranks_of_torchrun_train_a_cell_together(tmp_path):
     done = _command("run", tmp_path / "spec.yaml", "--out", tmp_path / "out", ranks=2)
     assert done.returncode == 0, done.stderr
     assert _done(tmp_path / "out") == 2
+
+
+def _lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_process_and_loses_no_finished_cell(tmp_path):
+    endless = {**TINY["tasks"]["digits"], "training": {"steps": 10**6, "batch_size": 10, "lr": 0.05}}
+    spec = {**DENSE, "tasks": {"digits": TINY["tasks"]["digits"], "endless": endless}, "seeds": 1}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    command = [
+        sys.executable,
+        "-m",
+        "regimewrap",
+        "study",
+        "run",
+        str(tmp_path / "spec.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert "digits  dense  seed 0  made" in run.stdout.readline()
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130
+    deadline = time.monotonic() + 60  # the process that others are forked from ends by itself, a little later
+    while _lives(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _lives(run.pid)
+    assert _done(tmp_path / "out") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name == "failed"] == []
