@@ -41,7 +41,7 @@ class RegimeCallback(Callback):
     without this callback begins a new cycle.
     """
 
-    def __init__(self, policy: RegimePolicy | str | os.PathLike[str] | dict[str, Any] | None = None) -> None:
+    def __init__(self, policy: dict[str, Any] | RegimePolicy | str | os.PathLike[str] | None = None) -> None:
         """Choose a policy.
 
         Args:

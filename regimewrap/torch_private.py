@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+#: What every BatchNorm layer is, in any number of dimensions.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
 #: An operator of torch's, with one signature.
 Overload = torch._ops.OpOverload
 

@@ -127,3 +127,16 @@ def test_compiled_models_are_looked_through():
 
 def test_a_plain_module_is_not_compiled():
     assert not torch_private.is_compiled_module(nn.Linear(1, 1))
+
+
+def test_batch_normalisation_is_known_in_any_number_of_dimensions():
+    assert all(
+        isinstance(layer(3), torch_private.BatchNorm) for layer in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    )
+
+
+def test_a_change_in_place_is_counted():
+    x = torch.zeros(1)
+    before = torch_private.version_of(x)
+    x.add_(1)
+    assert torch_private.version_of(x) == before + 1

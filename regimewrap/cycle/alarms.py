@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PATIENCE = 1000
 # A ratio that begins at 1 needs a few updates to come down, also in a run that only tries things out.
 _FIRST_LOOK = 20
+NEVER = 1 << 62
 #: Updates in a row that train the model past its gate before ``step`` refuses.
 DOUBTS = 8
 
@@ -33,12 +34,15 @@ class Alarms:
     """Looks into the gate at a few updates, increasingly rare ones once it is seen to cut.
 
     Attributes:
+        looking: whether the gate counts now.
+        quiet_until: the update before which ``after`` has nothing to do.
         bound: the share of the gate's calls that cut something when last looked at; ``None`` before.
     """
 
     def __init__(self) -> None:
         self.bound: float | None = None
-        self._looking = False
+        self.looking = False
+        self.quiet_until = 0
         self._next = 1  # the update after which to look again
         self._lowest = 2.0  # the smallest ratio that was looked at
         self._below = False  # whether the ratio has ever been below 1
@@ -48,28 +52,27 @@ class Alarms:
         self._told: set[str] = set()
 
     def before(self, gate: TopKGate, updates: int) -> None:
-        """Take in what the gate counted since ``after``.
+        """Take in what the gate counted since ``after``, where that was looking.
 
         Raises:
             WrapError: the model trains, and its forward passes do not reach the gate.
         """
-        if not self._looking:
-            return
-        self._looking = False
+        self.looking = False
         sample = gate.take_sample()
         if sample.calls:
             self._passed, self._missed, self.bound = True, 0, sample.bound
             self._has_cut = self._has_cut or sample.bound > 0
-            self._lowest = min(self._lowest, float(gate.keep_ratio))
-            self._next = updates + min(updates, PATIENCE)
+            self._next = updates + min(max(updates, 1), PATIENCE)
             return
         weights = _versions(gate)
         trained, self._weights = weights != self._weights, weights
         # A CUDA graph replays what passed once, and is not seen. Nor is a loop that only counts.
         if not trained or (self._passed and any(each.device.type != "cpu" for each in _parameters(gate))):
             self._missed = 0
+            self._next = updates + min(max(updates // 8, 8), PATIENCE)
             return
         self._missed += 1
+        self.quiet_until = 0
         if self._missed > DOUBTS:
             self._missed = 0
             raise WrapError(
@@ -79,19 +82,30 @@ class Alarms:
                 "trains, after such tools, and make a new RegimeCycler of it."
             )
 
-    def after(self, gate: TopKGate, updates: int, keep_ratio: float) -> None:
-        """Ask the gate to count in the next forward passes, if it is time to look."""
+    def after(
+        self, gate: TopKGate, updates: int, keep_ratio: float, policy: CyclePolicy, total_steps: int | None
+    ) -> list[str | None]:
+        """Ask the gate to count in the next forward passes, if it is time to look; return what to say.
+
+        Nothing happens before update ``quiet_until``.
+        """
+        length = policy.scaled_to if isinstance(policy.scaled_to, int) else NEVER
+        # A model with this setting may train in eval mode, where no call is counted.
+        blind = not gate.sites or gate.policy.gate.eval_keep_ratio == "current"
         self._below = self._below or keep_ratio < 1
         lower = not self._has_cut and keep_ratio < 0.8 * self._lowest
-        if keep_ratio < 1 and (updates >= self._next or lower or self._missed) and gate.sites:
-            if gate.policy.gate.eval_keep_ratio == "current":  # such a model may train in eval mode
-                return
+        if not blind and keep_ratio < 1 and (updates >= self._next or lower or self._missed):
             if not self._missed:
                 self._weights = _versions(gate)
-            self._looking = True
+            self.looking, self._lowest = True, min(self._lowest, keep_ratio)
             gate.sample_next()
+        # Until something was cut, each lower ratio is worth a look.
+        self.quiet_until = min(length + 1, NEVER if blind else self._next if self._has_cut else 0)
+        if updates > length:
+            self.quiet_until = NEVER if blind else self._next
+        return [self._too_long(updates, length), self._never_bound(gate, updates, policy, total_steps)]
 
-    def never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
+    def _never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
         """Return what to say, once, if no gate has cut anything in a tenth of the run."""
         deadline = policy.warmup + (PATIENCE if total_steps is None else max(_FIRST_LOOK, total_steps // 10))
         if updates != deadline or self._has_cut or isinstance(policy.strategy, Dense) or not gate.sites:
@@ -102,8 +116,8 @@ class Alarms:
         return (
             f"no gate has cut anything in {updates} updates: the keep ratio {lowest}, and a gate binds only below the "
             "share of units that are active, about one half after a ReLU. If the policy's numbers belong to a longer "
-            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, '
-            "the signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs no signal."
+            'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, the '
+            "signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs none and binds at once."
         )
 
     def stuck(self, floor: float | None, keep_ratio: float, held: int, way_down: int) -> str | None:
@@ -124,9 +138,9 @@ class Alarms:
             "cycle.guarded=True, or take a preset that needs no signal (mixed, sawtooth)."
         )
 
-    def too_long(self, updates: int, scaled_to: object) -> str | None:
+    def _too_long(self, updates: int, scaled_to: int) -> str | None:
         """Return what to say, once, when a run goes on beyond the length that its cycle is scaled to."""
-        if not isinstance(scaled_to, int) or updates != scaled_to + 1:
+        if updates != scaled_to + 1:
             return None
         return (
             f"the run goes on after the {scaled_to} updates that its cycle is scaled to. total_steps counts the "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from regimewrap.cycle import ranks, signal
 from regimewrap.cycle.alarms import Alarms, other_driver, still_driven
-from regimewrap.cycle.decide import RefusedError, decided, next_move
+from regimewrap.cycle.decide import RefusedError, decided, ratio_after
 from regimewrap.cycle.state import Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.cycle.threshold import end_step
 from regimewrap.errors import PolicyError, StateError
@@ -28,7 +28,6 @@ from regimewrap.policy.migrate import HISTORY
 from regimewrap.policy.policy import CyclePolicy, PolicyLike, RegimePolicy
 from regimewrap.policy.presets import for_run
 from regimewrap.policy.settings import whole_number
-from regimewrap.policy.strategies import Move
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +94,7 @@ class RegimeCycler:
     @property
     def keep_ratio(self) -> float:
         """The keep ratio for the next forward pass, in (0, 1]."""
-        return self._state.keep_ratio
+        return self._between.keep_ratio
 
     @property
     def regime(self) -> Regime:
@@ -118,7 +117,7 @@ class RegimeCycler:
         return self._state.skipped
 
     def __repr__(self) -> str:
-        state, name = self._state, self.policy.strategy.kind
+        state, name = self._between, self.policy.strategy.kind
         if self.policy.strategy.each_update:
             ahead = "moves at each update"
         else:
@@ -160,7 +159,8 @@ class RegimeCycler:
                 cycler.
         """
         self._gates = still_driven(self, self._gates)
-        self._alarms.before(self._gates[0], self._updates)
+        if self._alarms.looking:
+            self._alarms.before(self._gates[0], self._updates)
         strategy = self.policy.strategy
         value = signal.checked(self.policy.monitor, loss, metrics) if strategy.needs_signal else None
         if strategy.each_update:
@@ -171,17 +171,19 @@ class RegimeCycler:
             if value is not None:
                 self._pending.append(value)
             self._updates += 1
-            self._put_into_force(self.keep_ratio)
             regime = self._between
+            self._put_into_force(regime.keep_ratio)
         if self._networks:
             end_step(self._networks, self._updates, meet=not self._met)
             self._met = True
-        self._alarms.after(self._gates[0], self._updates, regime.keep_ratio)
-        self._notices.append(self._alarms.too_long(self._updates, self.policy.scaled_to))
-        self._notices.append(self._alarms.never_bound(self._gates[0], self._updates, self.policy, self.total_steps))
-        notices, self._notices = self._notices, []
-        for notice in filter(None, notices):
-            warnings.warn(notice, RuntimeWarning, stacklevel=2)
+        if self._updates >= self._alarms.quiet_until:
+            self._notices += self._alarms.after(
+                self._gates[0], self._updates, regime.keep_ratio, self.policy, self.total_steps
+            )
+        if self._notices:
+            notices, self._notices = self._notices, []
+            for notice in filter(None, notices):
+                warnings.warn(notice, RuntimeWarning, stacklevel=2)
         return regime
 
     def fast_forward(self, updates: int) -> Regime:
@@ -239,7 +241,8 @@ class RegimeCycler:
         policy = self._whole_policy.model_dump(mode="json")
         histogram = Histogram.of(self._networks[0].histogram) if self._networks else None
         history = list(self._history)
-        return plain(Saved(2, policy, self._sites, self._updates, pending, self._state, history, shares, histogram))
+        state = replace(self._state, keep_ratio=self.keep_ratio)
+        return plain(Saved(2, policy, self._sites, self._updates, pending, state, history, shares, histogram))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, exactly as if the run had never stopped, and set the gates.
@@ -296,12 +299,9 @@ class RegimeCycler:
 
     def _move_on(self, updates: int) -> Regime:
         """Move to the ratio that a strategy which moves at each update has after so many."""
-        move = Move(1.0, None)
-        if updates >= self.policy.warmup:
-            move = next_move(self.policy, self._state, None, updates - self.policy.warmup, updates)
-        self._updates, self._state = updates, replace(self._state, keep_ratio=move.keep_ratio)
-        self._between = Regime(move.keep_ratio, "spread", 0, None)
-        self._put_into_force(move.keep_ratio)
+        keep_ratio = ratio_after(self.policy, self._between.keep_ratio, updates)
+        self._updates, self._between = updates, Regime(keep_ratio, "spread", 0, None)
+        self._put_into_force(keep_ratio)
         return self._between
 
     def _decide(self, value: Tensor | float | None) -> Regime:

@@ -111,7 +111,7 @@ def next_move(policy: CyclePolicy, state: State, said: float | None, decision: i
         policy: how to cycle.
         state: with the signal taken in.
         said: the signal; ``None`` without one.
-        decision: decisions made before this one; or updates, this one included, for a strategy that moves at each.
+        decision: decisions made before this one.
         update: this one.
 
     Raises:
@@ -137,13 +137,34 @@ def next_move(policy: CyclePolicy, state: State, said: float | None, decision: i
             overdue=isinstance(length, int) and CYCLES * (update - state.began) >= length,
         )
     )
-    if not (isinstance(move, Move) and isinstance(move.keep_ratio, Real) and 0 < move.keep_ratio <= 1):
-        raise PolicyError(f"strategy {strategy.kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")
-    if strategy.each_update:
-        return move
+    _require_ratio(strategy.kind, move)
     if move.event not in EVENTS:
         raise PolicyError(f"strategy {strategy.kind!r} must name one of {EVENTS}; got {shown(move.event)}.")
     if not strategy.needs_signal:
         return Move(float(move.keep_ratio), move.event)
     keep_ratio, event = ranks.from_rank_0((move.keep_ratio, EVENTS.index(move.event)), update)
     return Move(keep_ratio, EVENTS[int(event)])
+
+
+def ratio_after(policy: CyclePolicy, keep_ratio: float, updates: int) -> float:
+    """Ask a strategy that moves at each update for its ratio.
+
+    Args:
+        policy: how to cycle.
+        keep_ratio: in force.
+        updates: made so far, the warm-up's included.
+
+    Raises:
+        PolicyError: the strategy returned something else than a move.
+    """
+    if updates < policy.warmup:
+        return 1.0
+    move = policy.strategy.next_move(Situation(keep_ratio, None, None, 0.0, updates - policy.warmup, None, 0))
+    _require_ratio(policy.strategy.kind, move)
+    return move.keep_ratio
+
+
+def _require_ratio(kind: str, move: object) -> None:
+    number = isinstance(move, Move) and (type(move.keep_ratio) is float or isinstance(move.keep_ratio, Real))
+    if not (number and 0 < move.keep_ratio <= 1):  # type: ignore[attr-defined]
+        raise PolicyError(f"strategy {kind!r} must return a Move to a ratio in (0, 1]; got {shown(move)}.")

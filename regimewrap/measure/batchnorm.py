@@ -6,17 +6,17 @@ import weakref
 from collections.abc import Iterable
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from regimewrap.gate.gate import TopKGate, gate_of
+from regimewrap.torch_private import BatchNorm
 
 # The budget of the last recalibration, and how many batches the layers had seen by then.
 _RECALIBRATED: weakref.WeakKeyDictionary[TopKGate, tuple[float, int]] = weakref.WeakKeyDictionary()
 
 
-def layers_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+def layers_with_statistics(model: nn.Module) -> list[BatchNorm]:
     """Return a model's BatchNorm layers that track running statistics."""
-    return [each for each in model.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
+    return [each for each in model.modules() if isinstance(each, BatchNorm) and each.running_mean is not None]
 
 
 def remember(model: nn.Module, keep_ratio: float) -> None:
@@ -49,5 +49,5 @@ def of_another_budget(model: nn.Module, keep_ratios: Iterable[float]) -> str | N
     )
 
 
-def _batches(layers: Iterable[_BatchNorm]) -> int:
+def _batches(layers: Iterable[BatchNorm]) -> int:
     return sum(int(each.num_batches_tracked) for each in layers if each.num_batches_tracked is not None)

@@ -20,13 +20,13 @@ from typing import Any, SupportsFloat, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from regimewrap.errors import DataError, MissingExtraError, PolicyError, WrapError
 from regimewrap.files import write_whole
 from regimewrap.gate.gate import at_keep_ratio, gate_of
 from regimewrap.measure.batchnorm import layers_with_statistics, of_another_budget, remember
 from regimewrap.policy.policy import require_ratio
+from regimewrap.torch_private import BatchNorm
 
 
 @final
@@ -196,7 +196,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
+def _averaging(layers: list[BatchNorm]) -> Iterator[None]:
     """Let layers average their statistics from scratch; put the old ones back if that fails."""
     before = [(layer, layer.momentum, {name: b.clone() for name, b in layer.named_buffers()}) for layer in layers]
     try:

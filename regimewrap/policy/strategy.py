@@ -9,7 +9,6 @@ them there are, in ``strategies``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Self, get_args
 
 from regimewrap.policy.settings import Settings
@@ -30,8 +29,7 @@ class Move(NamedTuple):
     event: Event | None
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(NamedTuple):
     """All that a rule may look at.
 
     Attributes:

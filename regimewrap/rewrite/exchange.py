@@ -8,6 +8,7 @@ decide when the old code comes back, so copies of a module, and what is read fro
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 import weakref
@@ -129,6 +130,8 @@ class _Exchange:
         return {key: both for each in part.copies for key, both in self._copies[each].items()}
 
     def _let_go(self, reference: weakref.ref[object]) -> None:
+        if sys.is_finalizing():  # modules are being emptied; there is nothing to put back
+            return
         with _LOCK:
             self._users.discard(reference)
             function = self._function()

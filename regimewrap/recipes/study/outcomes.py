@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from regimewrap import at_keep_ratio, calibrate, recalibrate_batchnorm, unwrap, watch, wrap
 from regimewrap.recipes.study.arms import ARMS
@@ -17,6 +16,7 @@ from regimewrap.recipes.study.nets import build, fitting_width, multiply_adds, p
 from regimewrap.recipes.study.spec import Characters
 from regimewrap.recipes.study.tasks import load
 from regimewrap.recipes.study.train import Setup, Trained, dense_policy, train
+from regimewrap.torch_private import BatchNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -157,7 +157,7 @@ def _post_hoc(model: nn.Module, data: Data, task: Any, budgets: tuple[float, ...
 
 def _recalibrated(model: nn.Module, data: Data, budget: float) -> nn.Module:
     """Return the model, or a copy with BatchNorm statistics of this budget where it has any: for every arm alike."""
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, BatchNorm) for module in model.modules()):
         return model
     judge = copy.deepcopy(model)
     batches = [data.ready(part) for part in torch.split(data.x[:_CALIBRATION], 128)]

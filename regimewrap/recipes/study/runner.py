@@ -241,7 +241,8 @@ def executor_for(where: str, workers: int, folder: Path) -> Submits:
             from distributed import Client
         except ImportError:
             raise MissingExtraError("distributed", "study") from None
-        executor: Submits = Client(rest).get_executor()
+        client: Any = Client
+        executor: Submits = client(rest).get_executor()
         return executor
     raise DataError(
         f"--on must be local, slurm, slurm:partition=NAME,timeout_min=90 or dask:tcp://HOST:8786; got {where!r}."
