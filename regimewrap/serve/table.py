@@ -59,12 +59,14 @@ def served_table(served: Served, model: str) -> str:
     layers = served.layers
     skipping = sum(layer.sparse for layer in layers)
     threads = torch.get_num_threads()
+    gain = served.dense_ms / served.served_ms
+    compared = f"{gain:.2f} times faster" if not gain < 1 else f"{1 / gain:.2f} times slower, not worth it here"
     head = (
         f"{model} at keep ratio {served.keep_ratio:g}, {threads} thread{'s' * (threads > 1)}: "
         f"{skipping} of {len(layers)} layers skip zeros; copies of their weights take "
         f"{served.copied_bytes / 2**20:.1f} MiB\n"
         f"whole model: {served.dense_ms:.2f} ms dense at the full budget, {served.served_ms:.2f} ms served at "
-        f"{served.measured_ratio:g}: {served.dense_ms / served.served_ms:.2f} times faster"
+        f"{served.measured_ratio:g}: {compared}"
     )
     rows: list[tuple[str, ...]] = [("layer", "density", "ms dense", "ms sparse", "ms select", "runs  ")]
     for layer in layers:
