@@ -6,8 +6,8 @@ conformance/test_checkpointing.py
     ratio between forward and backward: test_a_ratio_that_changes_between_forward_and_backward_does_not_alter_gradients
     ratio before recomputation: test_a_ratio_that_changes_before_the_recomputation_is_deferred_or_refused
     statistics under recomputation: test_statistics_are_not_doubled_by_recomputation
-    checkpoints inside checkpoints: test_the_ratio_reaches_recomputations_inside_recomputations
-    two ratios in one backward pass: test_each_recomputation_keeps_to_the_ratio_of_its_own_forward_pass
+    checkpoints inside checkpoints: test_blocks_inside_a_checkpoint_are_repeated_at_their_own_ratios
+    two ratios in one backward pass: test_a_graph_that_is_kept_is_refused_at_another_ratio_and_recomputed_at_its_own
     compiled checkpoints: test_in_a_compiled_model_a_recomputation_is_part_of_the_one_graph
 conformance/test_compiled_exported_and_functional.py
     ScriptModule child: test_a_scripted_child_is_reported

@@ -55,7 +55,7 @@ def test_training_works_on_tensors_without_values(make, gate):
 
 @pytest.mark.parametrize("preset", ["loss-reset", "accuracy-reset", "sawtooth"])
 def test_the_cycler_reads_no_signal_before_a_decision_is_due(preset):
-    cycler = RegimeCycler(TopKGate(RegimePolicy.preset(preset).replace(cycle={"every": 4})))
+    cycler = RegimeCycler(TopKGate(RegimePolicy.preset(preset).replace(cycle={"every": 4, "scaled_to": None})))
     with FakeTensorMode():
         signal = torch.empty((), device="cuda")
     for _ in range(3):

@@ -91,7 +91,7 @@ def test_a_policy_that_selects_nothing_is_refused(data):
 
 
 def test_a_policy_that_never_decides_leaves_an_empty_trace(data):
-    run = train_run("x", RegimePolicy().replace(cycle={"every": 1000}), data, SETTINGS, seed=0).run
+    run = train_run("x", RegimePolicy.preset("dense").replace(cycle={"every": 1000}), data, SETTINGS, seed=0).run
 
     assert run.trace == []
     assert run.bound_share == 0.0

@@ -241,11 +241,13 @@ def test_calls_are_noted_while_somebody_asks_and_only_those_that_could_cut():
     mostly_zero = torch.zeros(4, 16).index_fill(1, torch.arange(3), 1.0)
     topk_gate(x, keep_ratio)
     sampling.begin(keep_ratio)
+    none = rows(0.0, 0)  # as in train mode; without, as in eval mode, nothing is noted
+    topk_gate(x, keep_ratio, dense_rows=none)
+    topk_gate(mostly_zero, keep_ratio, dense_rows=none)
+    relu_gate(-x.abs(), keep_ratio, dense_rows=none)
+    relu_gate(x.abs(), keep_ratio, dense_rows=none)
     topk_gate(x, keep_ratio)
-    topk_gate(mostly_zero, keep_ratio)
-    relu_gate(-x.abs(), keep_ratio)
-    relu_gate(x.abs(), keep_ratio)
-    topk_gate(x, other)
+    topk_gate(x, other, dense_rows=none)
     topk_gate(x[:1], keep_ratio, dense_rows=rows(0.5, 1))  # all of it is dense
     assert sampling.end(keep_ratio) == (4, 0.5)
     topk_gate(x, keep_ratio)
