@@ -48,7 +48,7 @@ class Alarms:
         self._below = False  # whether the ratio has ever been below 1
         self._passed = False  # whether a forward pass has ever reached the gate
         self._has_cut = False
-        self._missed, self._weights = 0, 0
+        self._missed, self._weights, self._blocks = 0, 0, 0
         self._told: set[str] = set()
 
     def before(self, gate: TopKGate, updates: int) -> None:
@@ -58,7 +58,7 @@ class Alarms:
             WrapError: the model trains, and its forward passes do not reach the gate.
         """
         self.looking = False
-        sample = gate.take_sample()
+        sample, before = gate.take_sample(), self._blocks
         if sample.calls:
             self._passed, self._missed, self.bound = True, 0, sample.bound
             self._has_cut = self._has_cut or sample.bound > 0
@@ -66,8 +66,11 @@ class Alarms:
             return
         weights = _versions(gate)
         trained, self._weights = weights != self._weights, weights
-        # A CUDA graph replays what passed once, and is not seen. Nor is a loop that only counts.
-        if not trained or (self._passed and any(each.device.type != "cpu" for each in _parameters(gate))):
+        blocks, self._blocks = gate.blocks_so_far, gate.blocks_so_far
+        # A CUDA graph replays what passed once, and is not seen. Nor are blocks of at_keep_ratio, or a loop that only
+        # counts.
+        replayed = self._passed and any(each.device.type != "cpu" for each in _parameters(gate))
+        if not trained or blocks != before or replayed:
             self._missed = 0
             self._next = updates + min(max(updates // 8, 8), PATIENCE)
             return
@@ -97,6 +100,7 @@ class Alarms:
         if not blind and keep_ratio < 1 and (updates >= self._next or lower or self._missed):
             if not self._missed:
                 self._weights = _versions(gate)
+            self._blocks = gate.blocks_so_far
             self.looking, self._lowest = True, min(self._lowest, keep_ratio)
             gate.sample_next()
         # Until something was cut, each lower ratio is worth a look.
@@ -168,8 +172,8 @@ def still_driven(cycler: RegimeCycler, gates: list[TopKGate]) -> list[TopKGate]:
         other = other_driver(cycler, gate)
         if other is not None:
             raise WrapError(
-                f"this RegimeCycler no longer drives its model: a newer one, {other!r}, has taken over. Step that one, "
-                "and make one cycler a model."
+                f"this RegimeCycler does not drive its model: {other!r} does. Step that one; make one cycler a model. "
+                "A copy of both is made by copy.deepcopy((model, cycler)), in this order."
             )
         gate.driver = weakref.ref(cycler)
     if gates[0].released:

@@ -162,7 +162,7 @@ class Saved:
     version: Literal[2]
     policy: dict[str, Any]
     sites: list[str]
-    updates: _Tally
+    updates: Annotated[int, Field(ge=0, lt=1 << 53)]  # the rule for dense rows is exact below
     pending: list[float | None]
     state: State
     history: list[Decision]
@@ -294,6 +294,9 @@ def _contradictions(saved: Saved, policy: CyclePolicy) -> Iterator[str]:
         yield "it was saved by no rank at all"
     state, last = saved.state, saved.history[-1] if saved.history else State.at_start(policy)
     names = ("phase", "cycle", "best") if policy.strategy.each_update else ("keep_ratio", "phase", "cycle", "best")
+    ratio = getattr(policy.strategy, "ratio", None) if policy.strategy.each_update else None
+    if ratio is not None and state.keep_ratio != ratio(saved.updates):
+        yield f"its keep ratio is not the one after {saved.updates} updates, {ratio(saved.updates):.6g}"
     if any(getattr(state, name) != getattr(last, name) for name in names):
         yield "its running state is not where its history ends"
     if (state.last_raise or 0) > max(0, decisions - 1) or state.held > decisions or state.skipped > saved.updates:

@@ -69,6 +69,7 @@ class Budget:
             compiled graphs hold them.
         settled: what was set, and is in force whenever no block is open.
         forced: whether a block is open.
+        blocks_so_far: how many blocks have been opened.
     """
 
     def __init__(self, settled: Setting) -> None:
@@ -80,6 +81,7 @@ class Budget:
             self._share, self._update = self.dense_rows[0], self.dense_rows[1]
         self._recorded = False  # in a CUDA graph
         self._blocks: dict[object, _Block] = {}  # the last one holds
+        self.blocks_so_far = 0
         # What was in force while autograd's functions from one number to another were called, in one thread.
         self._past: deque[tuple[int, int, Setting]] = deque(maxlen=_REMEMBERED)
         self._since = torch_private.functions_so_far()
@@ -118,6 +120,7 @@ class Budget:
             self._close(key)
 
     def _open(self, key: object, block: _Block) -> None:
+        self.blocks_so_far += 1
         if not block.in_backward:
             self._remember()
         if not self._blocks:

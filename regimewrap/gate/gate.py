@@ -162,6 +162,11 @@ class TopKGate:
         """
         sampling.begin(self.keep_ratio)
 
+    @property
+    def blocks_so_far(self) -> int:
+        """How often ``at_keep_ratio`` has forced a ratio: passes in its blocks are not sampled."""
+        return self._budget.blocks_so_far
+
     def take_sample(self) -> GateSample:
         """Return what was noted since ``sample_next``, and note no more; waits for the device.
 

@@ -122,7 +122,8 @@ def _warnings(purpose: Purpose, verdicts: tuple[Verdict, ...], policy: RegimePol
             yield (
                 f"{name}: the first dimension at {', '.join(first[:3])} is time, not samples (batch_first=False is "
                 "torch's default), so the samples of a batch compete with each other. Build these layers with "
-                'batch_first=True, or use GatePolicy(scope="position").'
+                'batch_first=True, or use GatePolicy(scope="position"), where cycle.full_share keeps time steps, not '
+                "samples, at the full budget."
             )
     if scope in ("sample", "position") and any(map(_is_masked_linear, model.modules())):
         yield (

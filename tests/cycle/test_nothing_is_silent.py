@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from regimewrap import CyclePolicy, RegimeCycler, RegimePolicy, TopKGate, gate_of, unwrap, wrap
+from regimewrap import CyclePolicy, RegimeCycler, RegimePolicy, TopKGate, at_keep_ratio, gate_of, unwrap, wrap
 from regimewrap.errors import PolicyError, WrapError
 from regimewrap.policy.strategies import EmaReset, PlateauReset
 
@@ -36,6 +36,19 @@ def train(model: nn.Module, cycler: RegimeCycler, updates: int, trained: nn.Modu
 # A cycler that drives nothing
 
 
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_training_inside_blocks_of_a_forced_ratio_is_no_reason_to_refuse(ratio):
+    model = wrap(bare()).train()
+    cycler, optimizer = RegimeCycler(model), torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(40):
+        with at_keep_ratio(model, ratio):
+            model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycler.step()
+    assert cycler.updates == 40
+
+
 def test_a_cycler_whose_model_was_unwrapped_refuses_to_step():
     model = wrap(bare())
     cycler = RegimeCycler(model)
@@ -54,7 +67,7 @@ def test_the_older_of_two_cyclers_of_one_model_refuses_to_step():
     model = wrap(bare())
     older, newer = RegimeCycler(model), RegimeCycler(model)
 
-    with pytest.raises(WrapError, match=r"a newer one, RegimeCycler\('spread'.*has taken over"):
+    with pytest.raises(WrapError, match=r"does not drive its model: RegimeCycler\('spread'.*does"):
         older.step()
     newer.step()
     del newer
@@ -82,7 +95,7 @@ def test_a_copy_of_the_cycler_alone_does_not_take_over():
     backup = copy.deepcopy(cycler)
 
     cycler.step()
-    with pytest.raises(WrapError, match="has taken over"):
+    with pytest.raises(WrapError, match="does not drive its model"):
         backup.step()
     del cycler
     gc.collect()

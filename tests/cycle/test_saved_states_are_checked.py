@@ -34,6 +34,16 @@ def test_a_state_is_plain_json_also_with_a_tensor_or_nan_pending():
     assert state["pending"] == [None]
 
 
+@pytest.mark.parametrize("change", [{"updates": 10**30}, {"updates": 1 << 53}, {"ratio": 0.9}])
+def test_a_state_of_the_default_policy_that_was_tampered_with_is_refused_and_changes_nothing(change):
+    cycler, state = RegimeCycler(TopKGate()), RegimeCycler(TopKGate()).state_dict()
+    state["updates"] = change.get("updates", state["updates"])
+    state["state"]["keep_ratio"] = change.get("ratio", state["state"]["keep_ratio"])
+    with pytest.raises(StateError, match="damaged"):
+        cycler.load_state_dict(state)
+    assert (cycler.updates, cycler.keep_ratio) == (0, 1.0)
+
+
 def test_loading_sets_every_gate():
     cycler, other = RegimeCycler(TopKGate(), POLICY), TopKGate()
     cycler.bind(other)
