@@ -80,7 +80,7 @@ def test_output_that_cannot_be_written_is_one_line():
     assert result.stderr == "Error: standard output cannot be used: No space left on device.\n"
 
 
-@pytest.mark.parametrize(("program", "is_quiet"), [("/usr/bin/regimewrap", True), ("/home/me/train.py", False)])
+@pytest.mark.parametrize(("program", "is_quiet"), [("/usr/bin/regimewrap", True), ("/srv/train.py", False)])
 def test_ctrl_c_while_torch_is_imported_ends_the_command_without_a_traceback_and_no_other_program(program, is_quiet):
     file = Path(_command.__file__)
     code = (
@@ -117,7 +117,7 @@ def test_stopped_training_leaves_a_checkpoint_that_its_last_line_goes_on_from(st
 def test_an_interrupted_demo_leaves_nothing_half_written_and_no_process(start, tmp_path):
     out = tmp_path / "out"
     process = start("demo", "--out", out)
-    assert "15 runs" in process.stdout.readline()
+    assert "16 runs" in process.stdout.readline()
     time.sleep(1)  # let workers start
     process.send_signal(signal.SIGINT)
 

@@ -12,7 +12,7 @@ import pytest
 
 processes.preload("accelerate", "lightning.pytorch")
 LOOP = Path(__file__).parent / "loops" / "traces.py"
-UPDATES = 2000
+UPDATES = 1200  # 240 decisions, all of which the history keeps
 WAYS = ["ddp", "fsdp2-functions", *(name for name in ("accelerate", "lightning") if find_spec(name))]
 
 
