@@ -9,7 +9,7 @@ from typing import Any
 import processes
 import pytest
 import torch.distributed as dist
-from tiny import POLICY
+from tiny import POLICY, wrapped
 
 from regimewrap import RegimeCycler, RegimePolicy, TopKGate
 from regimewrap.errors import StateError
@@ -82,7 +82,7 @@ def test_check_sync_says_which_rank_differs_in_what(trouble: str, difference: st
 
 
 def test_a_rank_that_alone_loaded_a_checkpoint_is_found_at_the_first_decision():
-    cycler = RegimeCycler(TopKGate(POLICY))
+    cycler = RegimeCycler(wrapped())
     for _ in range(5):
         cycler.step(1.0)
     for end in _ends("loads alone", json.dumps(cycler.state_dict())):

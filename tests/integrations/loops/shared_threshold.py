@@ -34,7 +34,8 @@ def counted(function):
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=5 if ABSENT else 60))
 me = dist.get_rank()
-policy = POLICY.replace(gate={"scope": "network", "relative_to": "active"}, cycle={"strategy": {"tolerance": 1e9}})
+cycle = {"strategy": {"tolerance": 1e9}, "full_share": 0}
+policy = POLICY.replace(gate={"scope": "network", "relative_to": "active"}, cycle=cycle)
 model = nn.parallel.DistributedDataParallel(regimewrap.wrap(bare("functions"), policy))
 cycler, optimizer = RegimeCycler(model), sgd(model)
 cycler.check_sync()
