@@ -451,3 +451,17 @@ def test_a_site_with_just_enough_units_is_gated():
         assert int((seen[0] != 0).sum()) == kept
         handle.remove()
         regimewrap.unwrap(model)
+
+
+def test_a_slice_of_a_list_up_to_what_the_forward_pass_decides_is_followed():
+    class UpTo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+
+        def forward(self, x, depth: int):
+            for layer in self.layers[:depth]:
+                x = layer(x)
+            return x
+
+    assert len(plan(UpTo()).gated) == 3

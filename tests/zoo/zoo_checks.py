@@ -26,7 +26,11 @@ from regimewrap import RegimePolicy
 from regimewrap.sites.plan import Plan
 
 #: Marks for a file of the zoo: the libraries' own warnings are not ours to mend, those that ``wrap`` gives us are.
-QUIET = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::zoo_checks")]
+QUIET = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:::zoo_checks"),
+    pytest.mark.filterwarnings("ignore:.*is time, not samples"),  # true of Mask2Former's decoder
+]
 
 #: Positional and keyword arguments of a forward pass, for train mode (``True``) or eval mode.
 Inputs = Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]

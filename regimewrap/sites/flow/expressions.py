@@ -180,7 +180,10 @@ class Expressions(Writer):
             return self._node("call_function", operator.getitem, (base, key))
         if isinstance(base, nn.Sequential | nn.ModuleList) and type(key) in (int, slice):
             items = self._items(base)
-            return items[key] if isinstance(key, slice) or -len(items) <= key < len(items) else UNKNOWN
+            if isinstance(key, slice):
+                known = all(type(each) in (int, type(None)) for each in (key.start, key.stop, key.step))
+                return items[key] if known else items  # up to a number that the forward pass decides: any of them
+            return items[key] if -len(items) <= key < len(items) else UNKNOWN
         if isinstance(base, nn.ModuleDict) and type(key) is str:
             return self._attribute(base, key)
         if isinstance(base, list | tuple | dict | str):
