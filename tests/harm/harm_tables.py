@@ -197,9 +197,11 @@ def _conditions(results: Results, wanted: int) -> str:
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=PAGE.parent, capture_output=True, text=True, check=False
     )
+    installed = {each.metadata["Name"] for each in importlib.metadata.distributions()}
     versions = [
         f"{name} {importlib.metadata.version(name)}"
         for name in ("regimewrap", "torch", "timm", "transformers", "scikit-learn")
+        if name in installed
     ]
     minutes = sum(cell["seconds"] for cell in results.cells.values()) / 60
     return (
