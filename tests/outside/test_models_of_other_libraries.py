@@ -29,7 +29,7 @@ def tokens(*shape: int) -> Tensor:
 VIT = {"image_size": 32, "num_classes": 3, "dim": 16, "depth": 1, "heads": 2, "mlp_dim": 32}
 CV = ["resnet10", "preresnet10", "seresnet10", "mobilenet_wd4", "shufflenet_g1_wd4", "squeezenet_v1_0",
       "mobilenetv3_small_w7d20", "efficientnet_b0", "ghostnet", "igcv3_wd4"]  # fmt: skip
-SEGMENTERS = ["Unet", "FPN", "Linknet", "MAnet", "DeepLabV3", "UnetPlusPlus"]
+SEGMENTERS = ["Unet", "FPN", "Linknet", "MAnet", "DeepLabV3", "UnetPlusPlus", "PSPNet"]
 
 #: Name of a case, with the module that is imported and what makes the model and its inputs from it.
 MODELS: dict[str, tuple[str, Callable[[Any], tuple[nn.Module, tuple[Any, ...]]]]] = {
@@ -77,7 +77,6 @@ MODELS: dict[str, tuple[str, Callable[[Any], tuple[nn.Module, tuple[Any, ...]]]]
                       attention_head_dim=4), (image(8), 3))),
     "diffusers_kl": ("diffusers", lambda m: (
         m.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2), (image(8),))),
-    "kornia_hardnet": ("kornia.feature", lambda m: (m.HardNet(), (torch.randn(2, 1, 32, 32),))),
     **{f"cv_{name}": ("pytorchcv.model_provider", lambda m, name=name: (
         m.get_model(name, pretrained=False, num_classes=3), (image(224, batch=1),)))
        for name in CV},
