@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from regimewrap import torch_private
 from regimewrap.errors import ServeError
 from regimewrap.gate.gate import TopKGate, at_keep_ratio, gate_of
+from regimewrap.measure.batchnorm import of_another_budget
 from regimewrap.policy.policy import require_ratio
 from regimewrap.serve.calibration import Calibration
 from regimewrap.serve.candidates import Candidate, candidates
@@ -130,6 +131,9 @@ def _measure(served: Served, example_inputs: Any) -> None:
             if time.perf_counter() - began > 2 * _LONG:
                 break
         served._kind = None
+    notice = of_another_budget(model, [served.keep_ratio])
+    if notice is not None:
+        warnings.warn(notice, RuntimeWarning, stacklevel=3)
     served.measured_ratio = served.keep_ratio
     served.dense_ms, served.served_ms = 1e3 * min(dense), 1e3 * min(sparse)
     if all(row.most_density == 0.0 for row in served.layers if not row.why):
