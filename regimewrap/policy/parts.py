@@ -30,7 +30,7 @@ Name = Annotated[str, Field(min_length=1)]
 def _length(value: object) -> object:
     if value is None or value == "run" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise PydanticCustomError("length", "must be null, 'run' or a whole number ≥ 1")
+    raise PydanticCustomError("length", "Input should be null, 'run' or a whole number ≥ 1")
 
 
 LENGTH = BeforeValidator(_length)

@@ -1,7 +1,7 @@
 """What everything that a user may set has in common: frozen, checked when built, explained when wrong.
 
 A settings class is a pydantic model whose every mistake is a ``PolicyError``, one line a problem: where (the dotted
-path), what was expected, what came, and the nearest valid name. The words come from the class's own JSON schema, so a
+path), what was expected, what came, and the nearest valid name. The path is read off the class's own JSON schema, so a
 strategy that a user registers gets the same messages. No policy and no rule lives here; no torch.
 """
 
@@ -25,20 +25,6 @@ else:
     ModelMetaclass = type(BaseModel)
 
 T = TypeVar("T")
-
-# Errors for which "expected" as the schema words it says all there is to say.
-_PLAIN_ERRORS = {
-    "finite_number",
-    "greater_than",
-    "greater_than_equal",
-    "int_from_float",
-    "less_than",
-    "less_than_equal",
-    "literal_error",
-    "string_too_short",
-    "too_short",
-}
-_TYPES = {"array": "a list", "boolean": "true or false", "null": "nothing", "object": "a mapping", "string": "text"}
 
 
 def _not_a_bool(value: object) -> object:
@@ -145,7 +131,7 @@ def _explained(cls: type[BaseModel], build: Callable[[], T]) -> T:
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    """Return what is wrong in words, one line for each problem.
+    """Return what is wrong, mostly in pydantic's words, one line for each setting.
 
     Args:
         error: what pydantic raised.
@@ -153,37 +139,42 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     """
     try:
         root = cls.model_json_schema()
-    except PydanticUserError:  # a user's strategy with a type that has no schema: pydantic's words must do
+    except PydanticUserError:  # a user's strategy with a type that has no schema
         root = {}
-    lines = [_line(problem, root, cls.__name__) for problem in error.errors(include_url=False)]
-    return "\n".join(dict.fromkeys(lines))  # each branch of a union reports, in the same words
+    lines: dict[str, tuple[dict[str, None], str]] = {}
+    for problem in error.errors(include_url=False):
+        name, words, came = _explained_problem(problem, root, cls.__name__)
+        expected, before = lines.get(name, ({}, ""))  # each branch of a union reports
+        lines[name] = ({**expected, words: None}, max(before, came, key=len))
+    return "\n".join(f"{name}{', or'.join(expected)}{came}" for name, (expected, came) in lines.items())
 
 
-def _line(problem: Mapping[str, Any], root: dict[str, Any], title: str) -> str:
+def _explained_problem(problem: Mapping[str, Any], root: dict[str, Any], title: str) -> tuple[str, str, str]:
+    """Return where a problem is, what was expected there, and what came, with the remedy if that can be guessed."""
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     path, node, parent = _locate(root, problem["loc"])
-    name = ".".join(path)
+    name, message = ".".join(path) or title, problem["msg"]
     if kind == "extra_forbidden":
         known = list(parent.get("properties", {}))
-        return f"{name} is not a setting; got {shown(value)}.{nearest(path[-1], known)} Settings: {', '.join(known)}."
+        mend = f"{nearest(path[-1], known)} Settings: {', '.join(known)}."
+        return name, " is not a setting", f"; got {shown(value)}.{mend}"
     if kind == "missing":
-        return f"{name} is missing; expected {_expected(root, node)}."
+        return name, " is missing", "."
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         kinds, name = sorted(node.get("discriminator", {}).get("mapping", {})), ".".join([*path, "kind"])
         if "tag" not in context:
-            return f"{name} is missing; expected one of {', '.join(kinds)}."
+            return name, " is missing", f"; expected one of {', '.join(kinds)}."
         tag = context["tag"]
         mend = " Register its class first." if isinstance(value, Settings) else nearest(tag, kinds)
-        return f"{name} must be one of {', '.join(kinds)}; got {shown(tag)}.{mend}"
-    if kind == "length":
-        return f"{name} {problem['msg']}; got {shown(value)}."
+        return name, f" must be one of {', '.join(kinds)}", f"; got {shown(tag)}.{mend}"
     if kind in ("value_error", "assertion_error"):
-        return f"{name}: {context['error']}" if name else str(context["error"])
-    if not node or not (kind in _PLAIN_ERRORS or kind.endswith(("_type", "_parsing"))):
-        return f"{name or title}: {problem['msg']}; got {shown(value)}."
-    hint = percent_hint(path[-1], value) if path and _is_fraction(root, node) else ""
-    hint = hint or nearest(value, (str(choice) for choice in _choices(node)))
-    return f"{name or title} must be {_expected(root, node)}; got {shown(value)}.{hint}"
+        return (name, f": {context['error']}", "") if path else ("", str(context["error"]), "")
+    is_share = kind in ("less_than", "less_than_equal") and 1 in context.values() and path
+    mend = percent_hint(path[-1], value) if is_share else ""
+    if kind == "literal_error":
+        mend = nearest(value, context["expected"].replace(" or ", ", ").replace("'", "").split(", "))
+    words = message.removeprefix("Input")
+    return name, words if words != message else f": {message}", f"; got {shown(value)}.{mend}"
 
 
 def _locate(root: dict[str, Any], where: Iterable[int | str]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
@@ -212,52 +203,6 @@ def _resolved(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
             found = found[part]
         node = found
     return node
-
-
-def _choices(node: dict[str, Any]) -> list[Any]:
-    if "anyOf" in node:
-        return [choice for branch in node["anyOf"] for choice in _choices(branch)]
-    return list(node.get("enum", [node["const"]] if "const" in node else []))
-
-
-def _is_fraction(root: dict[str, Any], node: dict[str, Any]) -> bool:
-    if "anyOf" in node:
-        return any(_is_fraction(root, _resolved(root, branch)) for branch in node["anyOf"])
-    low = node.get("minimum", node.get("exclusiveMinimum"))
-    return low == 0 and 1 in (node.get("maximum"), node.get("exclusiveMaximum")) and node.get("type") == "number"
-
-
-def _expected(root: dict[str, Any], node: dict[str, Any]) -> str:
-    """Return a schema in words: ``a fraction in (0, 1] or 'current'``."""
-    node = _resolved(root, node)
-    if "anyOf" in node:
-        return " or ".join(_expected(root, branch) for branch in node["anyOf"])
-    if "discriminator" in node:
-        return f"a mapping with a kind ({', '.join(sorted(node['discriminator']['mapping']))})"
-    choices = _choices(node)
-    if choices:
-        return ("one of " if len(choices) > 1 else "") + ", ".join(repr(choice) for choice in choices)
-    kind = str(node.get("type", "something else"))
-    if kind in ("number", "integer"):
-        return _expected_number(node, _is_fraction(root, node))
-    if kind == "array" and "items" in node:
-        return f"a list, each item {_expected(root, node['items'])}"
-    if "properties" in node:
-        return f"a mapping of settings ({', '.join(node['properties'])})"
-    return "non-empty text" if node.get("minLength") == 1 else _TYPES.get(kind, kind)
-
-
-def _expected_number(node: dict[str, Any], fraction: bool) -> str:
-    noun = "a fraction" if fraction else "a whole number" if node["type"] == "integer" else "a number"
-    low, high = node.get("minimum", node.get("exclusiveMinimum")), node.get("maximum", node.get("exclusiveMaximum"))
-    opening, closing = "[" if "minimum" in node else "(", "]" if "maximum" in node else ")"
-    if low is not None and high is not None:
-        return f"{noun} in {opening}{low:g}, {high:g}{closing}"
-    if low is not None:
-        return f"{noun} {'≥' if opening == '[' else '>'} {low:g}"
-    if high is not None:
-        return f"{noun} {'≤' if closing == ']' else '<'} {high:g}"
-    return noun
 
 
 def whole_number(name: str, value: object) -> int:

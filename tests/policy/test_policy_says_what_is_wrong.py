@@ -15,7 +15,7 @@ MISTAKES = [
     ({"gat": {}}, "gat is not a setting; got {}. Did you mean 'gate'? Settings: schema_version, gate, sites, cycle."),
     (
         {"gate": {"scope": "samples"}},
-        "gate.scope must be one of 'sample', 'position', 'batch', 'network'; got 'samples'. Did you mean 'sample'?",
+        "gate.scope should be 'sample', 'position', 'batch' or 'network'; got 'samples'. Did you mean 'sample'?",
     ),
     (
         {"cycle": {"strategy": {"kind": "ema-reset", "decya": 0.9}}},
@@ -27,44 +27,61 @@ MISTAKES = [
         f"cycle.strategy.kind must be one of {KINDS}; got 'ema-rest'. Did you mean 'ema-reset'?",
     ),
     ({"cycle": {"strategy": {"decay": 0.9}}}, f"cycle.strategy.kind is missing; expected one of {KINDS}."),
-    ({"cycle": {"strategy": "dense"}}, f"cycle.strategy must be a mapping with a kind ({KINDS}); got 'dense'."),
+    (
+        {"cycle": {"strategy": "dense"}},
+        "cycle.strategy should be a valid dictionary or object to extract fields from; got 'dense'.",
+    ),
     (
         {"cycle": {"strategy": {"kind": "constant"}}},
-        "cycle.strategy.keep_ratio is missing; expected a fraction in (0, 1].",
+        "cycle.strategy.keep_ratio is missing.",
     ),
     (
         {"cycle": {"strategy": {"kind": "constant", "keep_ratio": 20}}},
-        "cycle.strategy.keep_ratio must be a fraction in (0, 1]; got 20. If you meant 20%, pass keep_ratio=0.2.",
+        "cycle.strategy.keep_ratio should be less than or equal to 1; got 20. If you meant 20%, pass keep_ratio=0.2.",
     ),
     (
         {"gate": {"eval_keep_ratio": 50}},
-        "gate.eval_keep_ratio must be a fraction in (0, 1] or 'current'; got 50. "
+        "gate.eval_keep_ratio should be less than or equal to 1, or should be 'current'; got 50. "
         "If you meant 50%, pass eval_keep_ratio=0.5.",
     ),
     (
         {"gate": {"eval_keep_ratio": "curent"}},
-        "gate.eval_keep_ratio must be a fraction in (0, 1] or 'current'; got 'curent'. Did you mean 'current'?",
+        "gate.eval_keep_ratio should be a valid number, unable to parse string as a number, or should be 'current'; "
+        "got 'curent'. Did you mean 'current'?",
     ),
-    ({"gate": {"eval_keep_ratio": 0.0}}, "gate.eval_keep_ratio must be a fraction in (0, 1] or 'current'; got 0.0."),
-    ({"gate": {"eval_keep_ratio": True}}, "gate.eval_keep_ratio must be a fraction in (0, 1] or 'current'; got True."),
-    ({"gate": {"channel_dim": 1.5}}, "gate.channel_dim must be 'auto' or a whole number; got 1.5."),
-    ({"cycle": {"every": 0}}, "cycle.every must be a whole number ≥ 1; got 0."),
-    ({"cycle": {"every": True}}, "cycle.every must be a whole number ≥ 1; got True."),
-    ({"cycle": {"every": "often"}}, "cycle.every must be a whole number ≥ 1; got 'often'."),
-    ({"cycle": {"smoothing": 1}}, "cycle.smoothing must be a fraction in [0, 1); got 1."),
-    ({"cycle": {"smoothing": float("nan")}}, "cycle.smoothing must be a fraction in [0, 1); got nan."),
-    ({"cycle": {"mode": "mini"}}, "cycle.mode must be one of 'min', 'max'; got 'mini'. Did you mean 'min'?"),
-    ({"cycle": {"monitor": ""}}, "cycle.monitor must be non-empty text; got ''."),
-    ({"sites": {"include": "block.*"}}, "sites.include must be a list, each item non-empty text; got 'block.*'."),
-    ({"sites": {"kinds": ["relu", 3]}}, "sites.kinds.1 must be non-empty text; got 3."),
-    ({"sites": {"multipliers": {"stem": -1}}}, "sites.multipliers.stem must be a number > 0; got -1."),
-    ({"sites": {"multipliers": {"": 1}}}, "sites.multipliers.[key] must be non-empty text; got ''."),
-    ({"sites": 3}, "sites must be a mapping of settings (include, exclude, kinds, min_units, multipliers); got 3."),
+    (
+        {"gate": {"eval_keep_ratio": 0.0}},
+        "gate.eval_keep_ratio should be greater than 0, or should be 'current'; got 0.0.",
+    ),
+    (
+        {"gate": {"eval_keep_ratio": True}},
+        "gate.eval_keep_ratio should be a number, not a boolean, or should be 'current'; got True.",
+    ),
+    (
+        {"gate": {"channel_dim": 1.5}},
+        "gate.channel_dim should be 'auto', or should be a valid integer, got a number with a fractional part; "
+        "got 1.5.",
+    ),
+    ({"cycle": {"every": 0}}, "cycle.every should be greater than or equal to 1; got 0."),
+    ({"cycle": {"every": True}}, "cycle.every should be a number, not a boolean; got True."),
+    (
+        {"cycle": {"every": "often"}},
+        "cycle.every should be a valid integer, unable to parse string as an integer; got 'often'.",
+    ),
+    ({"cycle": {"smoothing": 1}}, "cycle.smoothing should be less than 1; got 1."),
+    ({"cycle": {"smoothing": float("nan")}}, "cycle.smoothing should be a finite number; got nan."),
+    ({"cycle": {"mode": "mini"}}, "cycle.mode should be 'min' or 'max'; got 'mini'. Did you mean 'min'?"),
+    ({"cycle": {"monitor": ""}}, "cycle.monitor: String should have at least 1 character; got ''."),
+    ({"sites": {"include": "block.*"}}, "sites.include should be a valid tuple; got 'block.*'."),
+    ({"sites": {"kinds": ["relu", 3]}}, "sites.kinds.1 should be a valid string; got 3."),
+    ({"sites": {"multipliers": {"stem": -1}}}, "sites.multipliers.stem should be greater than 0; got -1."),
+    ({"sites": {"multipliers": {"": 1}}}, "sites.multipliers.[key]: String should have at least 1 character; got ''."),
+    ({"sites": 3}, "sites should be a valid dictionary or instance of SitePolicy; got 3."),
     ({"schema_version": 3}, "schema_version: expected 2, or 1, which is migrated; got 3."),
-    ({"cycle": {"full_share": 1}}, "cycle.full_share must be a fraction in [0, 1); got 1."),
-    ({"cycle": {"full_share": -0.1}}, "cycle.full_share must be a fraction in [0, 1); got -0.1."),
-    ({"cycle": {"scaled_to": 0}}, "cycle.scaled_to must be null, 'run' or a whole number ≥ 1; got 0."),
-    ({"cycle": {"scaled_to": "Run"}}, "cycle.scaled_to must be null, 'run' or a whole number ≥ 1; got 'Run'."),
+    ({"cycle": {"full_share": 1}}, "cycle.full_share should be less than 1; got 1."),
+    ({"cycle": {"full_share": -0.1}}, "cycle.full_share should be greater than or equal to 0; got -0.1."),
+    ({"cycle": {"scaled_to": 0}}, "cycle.scaled_to should be null, 'run' or a whole number ≥ 1; got 0."),
+    ({"cycle": {"scaled_to": "Run"}}, "cycle.scaled_to should be null, 'run' or a whole number ≥ 1; got 'Run'."),
 ]
 
 
@@ -91,9 +108,9 @@ def test_each_problem_has_its_line():
 
 
 def test_a_part_names_its_own_settings():
-    with pytest.raises(PolicyError, match=r"^scope must be one of"):
+    with pytest.raises(PolicyError, match=r"^scope should be"):
         GatePolicy(scope="x")
-    with pytest.raises(PolicyError, match=r"^strategy.decay must be"):
+    with pytest.raises(PolicyError, match=r"^strategy.decay should be"):
         CyclePolicy(strategy={"kind": "ema-reset", "decay": 2})
 
 

@@ -28,9 +28,9 @@ def spec(tmp_path, **changes) -> str:
         ({"arms": ["dense", "dense"]}, "named twice"),
         ({"seds": 3}, "seds is not a setting; got 3. Did you mean 'seeds'?"),
         ({"budgets": [0.5, 0.1]}, "budgets must start with 1 and fall"),
-        ({"tasks": {}}, "tasks must be"),
+        ({"tasks": {}}, "tasks: Dictionary should have at least 1 item"),
         ({"tasks": {"a": {"kind": "mnist2d"}}}, "Did you mean 'mnist1d'?"),
-        ({"tasks": {"a": {"kind": "mnist1d", "training": {"steps": 0}}}}, "tasks.a.training.steps must be"),
+        ({"tasks": {"a": {"kind": "mnist1d", "training": {"steps": 0}}}}, "tasks.a.training.steps should be"),
         ({"tasks": {"a/b": TINY["tasks"]["text"]}}, "a/b"),
         ({"arms": ["dense", "l1"], "tasks": {"a": {**TINY["tasks"]["text"], "activation": "gelu"}}}, "l1 needs"),
     ],
@@ -73,7 +73,7 @@ def test_the_paper_s_recipe_has_its_numbers_and_states_its_cost():
 
 
 def test_final_seeds_never_reach_those_of_trials():
-    with pytest.raises(PolicyError, match="seeds must be"):
+    with pytest.raises(PolicyError, match="seeds should be"):
         Study.model_validate({**TINY, "seeds": FIRST_TRIAL_SEED})
 
 
