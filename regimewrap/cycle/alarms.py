@@ -97,7 +97,8 @@ class Alarms:
         blind = not gate.sites or gate.policy.gate.eval_keep_ratio == "current"
         self._below = self._below or keep_ratio < 1
         lower = not self._has_cut and keep_ratio < 0.8 * self._lowest
-        if not blind and keep_ratio < 1 and (updates >= self._next or lower or self._missed):
+        due = updates >= self._next or lower or self._missed
+        if due and not blind and keep_ratio < 1 and _cuts_a_batch_of_one(updates, policy.full_share):
             if not self._missed:
                 self._weights = _versions(gate)
             self._blocks = gate.blocks_so_far
@@ -182,6 +183,11 @@ def still_driven(cycler: RegimeCycler, gates: list[TopKGate]) -> list[TopKGate]:
             "RegimeCycler(model); a saved state goes on in that with load_state_dict."
         )
     return gates if len(gates) == 1 else [gate for gate in gates if not gate.released]
+
+
+def _cuts_a_batch_of_one(updates: int, full_share: float) -> bool:
+    """Say whether the only row of a batch is not dense in the next forward pass; see ``TopKGate.set_budget``."""
+    return int((updates + 1) * full_share) == int(updates * full_share)
 
 
 def _versions(gate: TopKGate) -> int:

@@ -21,11 +21,13 @@ def bare() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
 
 
-def train(model: nn.Module, cycler: RegimeCycler, updates: int, trained: nn.Module | None = None) -> None:
+def train(
+    model: nn.Module, cycler: RegimeCycler, updates: int, trained: nn.Module | None = None, batch: int = 4
+) -> None:
     trained = trained if trained is not None else model
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
     for _ in range(updates):
-        x = torch.randn(4, 8)
+        x = torch.randn(batch, 8)
         loss = (trained(x) - x[:, :1]).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -163,6 +165,14 @@ def test_a_training_in_order_hears_nothing(name: str):
     model = wrap(bare(), name)
 
     train(model, RegimeCycler(model, total_steps=400), 400)
+
+
+@pytest.mark.parametrize("full_share", [0.5, 0.75, 0.97])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_updates_in_which_all_rows_are_dense_are_no_reason_to_refuse(batch: int, full_share: float):
+    model = wrap(bare(), RegimePolicy(cycle={"full_share": full_share}))
+
+    train(model, RegimeCycler(model), 100, batch=batch)
 
 
 # A gate that never cuts
