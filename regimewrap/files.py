@@ -9,6 +9,8 @@ import contextlib
 import difflib
 import os
 import reprlib
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -144,3 +146,8 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(row)).rstrip()
         for row in rows
     )
+
+
+def terminal_width() -> int | None:
+    """Return the terminal's columns; ``None`` where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
