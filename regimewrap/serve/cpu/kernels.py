@@ -37,7 +37,7 @@ int64: Any = np.int64
 uint64: Any = np.uint64
 
 TILE, OUTPUTS = 64, 128  # output pixels of a tile, and outputs that are summed at once
-_CACHE = 1 << 16  # bytes of weights that stay in the nearest cache with the rest that is used
+_CACHE = 1 << 17  # bytes of weights that stay in the nearest cache with the rest that is used
 
 
 def _compiled(function: Any, **more: Any) -> Any:
@@ -45,6 +45,9 @@ def _compiled(function: Any, **more: Any) -> Any:
     with contextlib.suppress(RuntimeError):  # nowhere to keep the result: compile in each process
         return numba.njit(cache=True, **options)(function)
     return numba.njit(**options)(function)
+
+
+_KEPT = 1 << 20  # bytes of weights that stay in the second cache from one tile to the next
 
 
 @_compiled
@@ -61,48 +64,71 @@ def count(x: Any) -> Any:
 
 
 @_compiled
-def _list_pixels(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
-    """List what is not zero of an image whose channels lie together; list ``p`` starts at ``p * channels``."""
+def _list_pixels(
+    x: Any, first: Any, pixels: Any, width: Any, channels: Any, units: Any, values: Any, starts: Any
+) -> None:
+    """List what is not zero of an image whose channels lie together.
+
+    Pixel ``p`` has the entries ``starts[p]`` to ``starts[p + 1]``; a unit is a place in its row of the image, counted
+    as (width, channels), so that neighbours in a row are one list.
+    """
+    k = int64(0)
     for pixel in range(pixels):
-        start = first + pixel * channels
-        k, channel = pixel * channels, int64(0)
+        start, left = first + pixel * channels, pixel % width * channels
+        starts[pixel], channel = k, int64(0)
         while channel + 64 <= channels:
             mask = nonzero_mask(x, start + channel)
             while mask != uint64(0):
                 c = channel + lowest(mask)
-                units[k], values[k] = c, x[start + c]
+                units[k], values[k] = left + c, x[start + c]
                 k += 1
                 mask &= mask - uint64(1)
             channel += 64
         while channel < channels:
             if x[start + channel] != 0:
-                units[k], values[k] = channel, x[start + channel]
+                units[k], values[k] = left + channel, x[start + channel]
                 k += 1
             channel += 1
-        lengths[pixel] = k - pixel * channels
+    starts[pixels] = k
 
 
 @_compiled
-def _list_planes(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
-    """List the same of an image whose pixels lie together."""
-    lengths[:pixels] = 0
+def _list_planes(
+    x: Any, first: Any, pixels: Any, width: Any, channels: Any, units: Any, values: Any, starts: Any
+) -> None:
+    """List the same of an image whose pixels lie together: count first, then put each in its place."""
+    starts[: pixels + 1] = 0
     for channel in range(channels):
         start, pixel = first + channel * pixels, int64(0)
         while pixel + 64 <= pixels:
             mask = nonzero_mask(x, start + pixel)
             while mask != uint64(0):
-                p = pixel + lowest(mask)
-                k = p * channels + lengths[p]
-                units[k], values[k] = channel, x[start + p]
-                lengths[p] += 1
+                starts[pixel + lowest(mask)] += 1
                 mask &= mask - uint64(1)
             pixel += 64
         while pixel < pixels:
-            if x[start + pixel] != 0:
-                k = pixel * channels + lengths[pixel]
-                units[k], values[k] = channel, x[start + pixel]
-                lengths[pixel] += 1
+            starts[pixel] += x[start + pixel] != 0
             pixel += 1
+    k = int64(0)
+    for pixel in range(pixels + 1):
+        k, starts[pixel] = k + starts[pixel], k
+    for channel in range(channels):
+        start, pixel = first + channel * pixels, int64(0)
+        while pixel < pixels:
+            if pixel + 64 <= pixels:
+                mask, step = nonzero_mask(x, start + pixel), int64(64)
+            else:
+                mask, step = uint64(x[start + pixel] != 0), int64(1)
+            while mask != uint64(0):
+                p = pixel + lowest(mask)
+                k = starts[p]
+                units[k], values[k] = p % width * channels + channel, x[start + p]
+                starts[p] = k + 1
+                mask &= mask - uint64(1)
+            pixel += step
+    for pixel in range(pixels, 0, -1):  # each now stands where the next one began
+        starts[pixel] = starts[pixel - 1]
+    starts[0] = 0
 
 
 @numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
@@ -166,7 +192,7 @@ def convolve(
     pixels, out_pixels, step, taps = height * width, out_height * out_width, bias.size, window_height * window_width
     tiles = (out_pixels + TILE - 1) // TILE
     units, values = np.empty(pixels * channels + 1, np.uint32), np.empty(pixels * channels + 1, np.float32)
-    lengths, lists = np.empty(pixels, np.int64), np.empty((taps, 3), np.int64)
+    starts, lists = np.empty(pixels + 1, np.int64), np.empty((taps, 3), np.int64)
     sums = np.empty((TILE + LANES) * OUTPUTS, np.float32)
     listed, direct = int64(-1), not out_planes and outputs == step
     for tile in range(begin, end):
@@ -177,9 +203,9 @@ def convolve(
         right = out_width * stride_x - pad_x
         if image != listed:
             if x_planes:
-                _list_planes(x, image * pixels * channels, pixels, channels, units, values, lengths)
+                _list_planes(x, image * pixels * channels, pixels, width, channels, units, values, starts)
             else:
-                _list_pixels(x, image * pixels * channels, pixels, channels, units, values, lengths)
+                _list_pixels(x, image * pixels * channels, pixels, width, channels, units, values, starts)
             listed = image
         column = int64(0)
         while column < step:
@@ -192,33 +218,47 @@ def convolve(
             for pixel in range(last - first):
                 for i in range(block):
                     target[origin + pixel * pitch + i] = bias[column + i]
-            base = taps * channels * column
-            group = max(min(_CACHE // (4 * channels * block), window_width), 1)
-            for tap_y in range(window_height):
-                for tap_first in range(0, window_width, group):
-                    tap_last = min(tap_first + group, window_width)
+            base, tap = taps * channels * column, channels * block
+            # So many taps at once that their weights stay near: some rows of the window, or a part of one.
+            across = max(min(_CACHE // (4 * tap), window_width), 1)
+            down = max(min(_CACHE // (4 * tap * window_width), window_height), 1)
+            for tap_top in range(0, window_height, down):
+                tap_bottom = min(tap_top + down, window_height)
+                for tap_first in range(0, window_width, across):
+                    tap_last = min(tap_first + across, window_width)
                     # Weights that come next are fetched while these are used, a part with each pixel.
-                    ahead = base + (tap_y * window_width + tap_last) * channels * block
-                    part = (group * channels * block // LANES // (last - first) + 1) * LANES
+                    ahead = base + ((tap_bottom - 1) * window_width + tap_last) * tap
+                    part = (across * down * tap // LANES // (last - first) + 1) * LANES
+                    if tile > begin and 4 * taps * channels * step <= _KEPT:
+                        part = int64(0)
                     row, corner = top, left
                     for pixel in range(last - first):
-                        y, x_0 = row + tap_y * dilation_y, corner
+                        y_0, x_0 = row, corner
                         corner += stride_x
                         if corner == right:
                             row, corner = row + stride_y, -pad_x
                         for line in range(0, part, LANES):
                             prefetch(weight, ahead + pixel * part + line)
-                        if y < 0 or y >= height:
-                            continue
                         n = 0
-                        for tap_x in range(tap_first, tap_last):
-                            xx = x_0 + tap_x * dilation_x
-                            if 0 <= xx < width:
-                                source = y * width + xx
-                                lists[n, 0] = source * channels
-                                lists[n, 1] = lengths[source]
-                                lists[n, 2] = (tap_y * window_width + tap_x) * channels * block
-                                n += 1
+                        for tap_y in range(tap_top, tap_bottom):
+                            y = y_0 + tap_y * dilation_y
+                            if y < 0 or y >= height:
+                                continue
+                            if dilation_x == 1:  # neighbours are one list, and their taps lie in the same order
+                                begun, ended = max(x_0 + tap_first, 0), min(x_0 + tap_last, width)
+                                if begun < ended:
+                                    lists[n, 0] = starts[y * width + begun]
+                                    lists[n, 1] = starts[y * width + ended] - lists[n, 0]
+                                    lists[n, 2] = (tap_y * window_width - x_0) * tap
+                                    n += 1
+                                continue
+                            for tap_x in range(tap_first, tap_last):
+                                xx = x_0 + tap_x * dilation_x
+                                if 0 <= xx < width:
+                                    lists[n, 0] = starts[y * width + xx]
+                                    lists[n, 1] = starts[y * width + xx + 1] - lists[n, 0]
+                                    lists[n, 2] = (tap_y * window_width + tap_x - xx) * tap
+                                    n += 1
                         if n:
                             _add(block, lists, n, units, values, weight, base, target, origin + pixel * pitch)
             if not direct:
@@ -281,11 +321,11 @@ def linear(
         outputs: the same of ``out``.
     """
     units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
-    lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
+    starts, lists, sums = np.empty(2, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
     for row in range(rows):
-        _list_pixels(x, row * inputs, 1, inputs, units, values, lengths)
-        units[lengths[0] : lengths[0] + AHEAD] = 0
-        lists[0, 1] = lengths[0]
+        _list_pixels(x, row * inputs, 1, 1, inputs, units, values, starts)
+        units[starts[1] : starts[1] + AHEAD] = 0
+        lists[0, 1] = starts[1]
         column, stop = begin * OUTPUTS, min(end * OUTPUTS, bias.size)
         while column < stop:
             block = int64(OUTPUTS)
