@@ -131,32 +131,25 @@ def _list_planes(
     starts[0] = 0
 
 
-@numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
-def _add(
-    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
-) -> None:
-    if width == 128:
-        add_rows_8(lists, n, units, values, weight, origin, out, place)
-    elif width == 64:
-        add_rows_4(lists, n, units, values, weight, origin, out, place)
-    elif width == 32:
-        add_rows_2(lists, n, units, values, weight, origin, out, place)
-    else:
-        add_rows_1(lists, n, units, values, weight, origin, out, place)
+def _by_width(rows_1: Any, rows_2: Any, rows_4: Any, rows_8: Any) -> Any:
+    """Return a function that calls the one of these for a block of 16, 32, 64 or 128 outputs."""
+
+    @numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
+    def add(width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, at: Any, out: Any, to: Any) -> None:
+        if width == 128:
+            rows_8(lists, n, units, values, weight, at, out, to)
+        elif width == 64:
+            rows_4(lists, n, units, values, weight, at, out, to)
+        elif width == 32:
+            rows_2(lists, n, units, values, weight, at, out, to)
+        else:
+            rows_1(lists, n, units, values, weight, at, out, to)
+
+    return add
 
 
-@numba.njit(inline="always", error_model="numpy")
-def _add_far(
-    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
-) -> None:
-    if width == 128:
-        add_far_rows_8(lists, n, units, values, weight, origin, out, place)
-    elif width == 64:
-        add_far_rows_4(lists, n, units, values, weight, origin, out, place)
-    elif width == 32:
-        add_far_rows_2(lists, n, units, values, weight, origin, out, place)
-    else:
-        add_far_rows_1(lists, n, units, values, weight, origin, out, place)
+_add = _by_width(add_rows_1, add_rows_2, add_rows_4, add_rows_8)
+_add_far = _by_width(add_far_rows_1, add_far_rows_2, add_far_rows_4, add_far_rows_8)
 
 
 @_compiled

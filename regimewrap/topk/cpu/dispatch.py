@@ -66,19 +66,19 @@ def gate(
     outer, units, inner = blocks
     source, result, packed = _flat(_laid_like(x, y)), _flat(y), bits.numpy()
     active, exact = selection.relative_to == "active", selection.ties == "exact"
-    settings = (ratio, active, exact, _SCORES[selection.score], *_limits(x.dtype))
+    how = ratio, active, exact, _SCORES[selection.score], *_limits(x.dtype)
     if selection.scope == "batch":
         whole = _scaled(full, source.size, y)
-        return KERNELS.survive(lambda: kernels.gate_whole(source, result, packed, *whole, *settings))
+        return KERNELS.survive(lambda: kernels.gate_whole(source, result, packed, whole, how))
     # Rows that do not fill bytes are packed eight at a time.
     step = 1 if packed.size == 0 or units * inner % 8 == 0 else 8
     full = _scaled(full, outer, y)
 
     def run(start: int, stop: int) -> None:
         if inner == 1:
-            kernels.gate_rows(source, result, packed, start, stop, *full, units, *settings)
+            kernels.gate_rows(source, result, packed, start, stop, full, units, how)
         else:
-            kernels.gate_positions(source, result, packed, start, stop, *full, units, *settings, inner)
+            kernels.gate_positions(source, result, packed, start, stop, full, units, how, inner)
 
     return _share(run, outer, step, x.numel(), full)
 
@@ -107,7 +107,7 @@ def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str, full:
         return False
     source, result, packed = _flat(_laid_like(x, y)), _flat(y), bits.numpy()
     pivot = _flat(threshold.to(x.dtype))[0]
-    settings = (*_scaled(full, source.size, y), pivot, _SCORES[score], *_limits(x.dtype))
+    settings = _scaled(full, source.size, y), pivot, (_SCORES[score], *_limits(x.dtype))
 
     def run(start: int, stop: int) -> None:
         kernels.cut(source, result, packed, start, stop, *settings)
@@ -131,10 +131,10 @@ def count(x: Tensor, counts: Tensor, after_relu: bool, shift: int) -> bool:
     if kernels is None or x.numel() >= 1 << 32:  # more than a kernel counts
         return False
     source, parts = _flat(_laid_like(x, torch.empty_like(x))), []
-    score = _SCORES["positive" if after_relu else "magnitude"]
+    how = _SCORES["positive" if after_relu else "magnitude"], *_limits(x.dtype)
 
     def run(start: int, stop: int) -> None:
-        parts.append(kernels.count(source, start, stop, score, *_limits(x.dtype), shift))
+        parts.append(kernels.count(source, start, stop, how, shift))
 
     if not _share(run, source.size, 1, source.size):
         return False
