@@ -374,8 +374,10 @@ def _some_rows(
             for line in range(0, inputs, LANES):
                 prefetch(weight, following + line)
         total, first, start = x.dtype.type(0), row * inputs, unit * inputs
+        # Slices, in which no index can count from the end: only such a loop is made of vectors.
+        left, right = x[first : first + inputs], weight[start : start + inputs]
         for j in range(inputs):
-            total += x[first + j] * weight[start + j]
+            total += left[j] * right[j]
         out[place] = total + bias[unit] if bias.size else total
 
 
