@@ -50,6 +50,14 @@ def _compiled(function: Any, **more: Any) -> Any:
 _KEPT = 1 << 20  # bytes of weights that stay in the second cache from one tile to the next
 
 
+@numba.njit(inline="always", error_model="numpy")
+def _copy(x: Any, begin: Any, out: Any, to: Any, n: Any) -> None:
+    # Slices, in which no index can count from the end: only such a loop is made of vectors.
+    source, target = x[begin : begin + n], out[to : to + n]
+    for i in range(n):
+        target[i] = source[i]
+
+
 @_compiled
 def count(x: Any) -> Any:
     """Return how many elements of a flat array are not zero."""
@@ -209,8 +217,7 @@ def convolve(
             place = (image * out_pixels + first) * outputs + column
             target, origin, pitch = (out, place, outputs) if direct else (sums, int64(0), block)
             for pixel in range(last - first):
-                for i in range(block):
-                    target[origin + pixel * pitch + i] = bias[column + i]
+                _copy(bias, column, target, origin + pixel * pitch, block)
             base, tap = taps * channels * column, channels * block
             # So many taps at once that their weights stay near: some rows of the window, or a part of one.
             across = max(min(_CACHE // (4 * tap), window_width), 1)
@@ -277,9 +284,7 @@ def _write(
     start = image * pixels * outputs
     if not planes:
         for pixel in range(last - first):
-            place, source = start + (first + pixel) * outputs + column, pixel * block
-            for i in range(used):
-                out[place + i] = sums[source + i]
+            _copy(sums, pixel * block, out, start + (first + pixel) * outputs + column, used)
         return
     pixel = int64(0)
     while pixel < last - first:
@@ -324,11 +329,9 @@ def linear(
             block = int64(OUTPUTS)
             while block > bias.size - column:
                 block //= 2
-            for i in range(block):
-                sums[i] = bias[column + i]
+            _copy(bias, column, sums, 0, block)
             _add_far(block, lists, 1, units, values, weight, inputs * column, sums, 0)
-            for i in range(min(block, outputs - column)):
-                out[row * outputs + column + i] = sums[i]
+            _copy(sums, 0, out, row * outputs + column, min(block, outputs - column))
             column += block
 
 
@@ -374,7 +377,7 @@ def _some_rows(
             for line in range(0, inputs, LANES):
                 prefetch(weight, following + line)
         total, first, start = x.dtype.type(0), row * inputs, unit * inputs
-        # Slices, in which no index can count from the end: only such a loop is made of vectors.
+        # Slices for the reason that ``_copy`` gives.
         left, right = x[first : first + inputs], weight[start : start + inputs]
         for j in range(inputs):
             total += left[j] * right[j]
