@@ -6,12 +6,12 @@ with their sums in registers, and some taps at a time, so that their weights sta
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numba
 import numpy as np
 
+from regimewrap.serve.cpu.lists import compiled, count, list_pixels, list_places, list_planes
 from regimewrap.serve.cpu.vectors import (
     AHEAD,
     LANES,
@@ -23,30 +23,16 @@ from regimewrap.serve.cpu.vectors import (
     add_rows_2,
     add_rows_4,
     add_rows_8,
-    lowest,
-    nonzero_mask,
-    ones,
     prefetch,
     transpose_16,
 )
 
-if getattr(numba.config, "DISABLE_JIT", False):
-    raise ImportError("numba's compiler is switched off by NUMBA_DISABLE_JIT")
+__all__ = ["OUTPUTS", "TILE", "convolve", "count", "linear", "list_places", "some_rows"]
 
 int64: Any = np.int64
-uint64: Any = np.uint64
 
 TILE, OUTPUTS = 64, 128  # output pixels of a tile, and outputs that are summed at once
-_CACHE = 1 << 17  # bytes of weights that stay in the nearest cache with the rest that is used
-
-
-def _compiled(function: Any, **more: Any) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", **more}
-    with contextlib.suppress(RuntimeError):  # nowhere to keep the result: compile in each process
-        return numba.njit(cache=True, **options)(function)
-    return numba.njit(**options)(function)
-
-
+_CACHE = 1 << 17  # bytes of weights that are used at once, a pixel after the other
 _KEPT = 1 << 20  # bytes of weights that stay in the second cache from one tile to the next
 
 
@@ -56,87 +42,6 @@ def _copy(x: Any, begin: Any, out: Any, to: Any, n: Any) -> None:
     source, target = x[begin : begin + n], out[to : to + n]
     for i in range(n):
         target[i] = source[i]
-
-
-@_compiled
-def count(x: Any) -> Any:
-    """Return how many elements of a flat array are not zero."""
-    found, place = int64(0), int64(0)
-    while place + 64 <= x.size:
-        found += ones(nonzero_mask(x, place))
-        place += 64
-    while place < x.size:
-        found += x[place] != 0
-        place += 1
-    return found
-
-
-@_compiled
-def _list_pixels(
-    x: Any, first: Any, pixels: Any, width: Any, channels: Any, units: Any, values: Any, starts: Any
-) -> None:
-    """List what is not zero of an image whose channels lie together.
-
-    Pixel ``p`` has the entries ``starts[p]`` to ``starts[p + 1]``; a unit is a place in its row of the image, counted
-    as (width, channels), so that neighbours in a row are one list.
-    """
-    k = int64(0)
-    for pixel in range(pixels):
-        start, left = first + pixel * channels, pixel % width * channels
-        starts[pixel], channel = k, int64(0)
-        while channel + 64 <= channels:
-            mask = nonzero_mask(x, start + channel)
-            while mask != uint64(0):
-                c = channel + lowest(mask)
-                units[k], values[k] = left + c, x[start + c]
-                k += 1
-                mask &= mask - uint64(1)
-            channel += 64
-        while channel < channels:
-            if x[start + channel] != 0:
-                units[k], values[k] = left + channel, x[start + channel]
-                k += 1
-            channel += 1
-    starts[pixels] = k
-
-
-@_compiled
-def _list_planes(
-    x: Any, first: Any, pixels: Any, width: Any, channels: Any, units: Any, values: Any, starts: Any
-) -> None:
-    """List the same of an image whose pixels lie together: count first, then put each in its place."""
-    starts[: pixels + 1] = 0
-    for channel in range(channels):
-        start, pixel = first + channel * pixels, int64(0)
-        while pixel + 64 <= pixels:
-            mask = nonzero_mask(x, start + pixel)
-            while mask != uint64(0):
-                starts[pixel + lowest(mask)] += 1
-                mask &= mask - uint64(1)
-            pixel += 64
-        while pixel < pixels:
-            starts[pixel] += x[start + pixel] != 0
-            pixel += 1
-    k = int64(0)
-    for pixel in range(pixels + 1):
-        k, starts[pixel] = k + starts[pixel], k
-    for channel in range(channels):
-        start, pixel = first + channel * pixels, int64(0)
-        while pixel < pixels:
-            if pixel + 64 <= pixels:
-                mask, step = nonzero_mask(x, start + pixel), int64(64)
-            else:
-                mask, step = uint64(x[start + pixel] != 0), int64(1)
-            while mask != uint64(0):
-                p = pixel + lowest(mask)
-                k = starts[p]
-                units[k], values[k] = p % width * channels + channel, x[start + p]
-                starts[p] = k + 1
-                mask &= mask - uint64(1)
-            pixel += step
-    for pixel in range(pixels, 0, -1):  # each now stands where the next one began
-        starts[pixel] = starts[pixel - 1]
-    starts[0] = 0
 
 
 def _by_width(rows_1: Any, rows_2: Any, rows_4: Any, rows_8: Any) -> Any:
@@ -160,7 +65,7 @@ _add = _by_width(add_rows_1, add_rows_2, add_rows_4, add_rows_8)
 _add_far = _by_width(add_far_rows_1, add_far_rows_2, add_far_rows_4, add_far_rows_8)
 
 
-@_compiled
+@compiled
 def convolve(
     x: Any,
     weight: Any,
@@ -204,9 +109,9 @@ def convolve(
         right = out_width * stride_x - pad_x
         if image != listed:
             if x_planes:
-                _list_planes(x, image * pixels * channels, pixels, width, channels, units, values, starts)
+                list_planes(x, image * pixels * channels, pixels, width, channels, units, values, starts)
             else:
-                _list_pixels(x, image * pixels * channels, pixels, width, channels, units, values, starts)
+                list_pixels(x, image * pixels * channels, pixels, width, channels, units, values, starts)
             listed = image
         column = int64(0)
         while column < step:
@@ -266,7 +171,7 @@ def convolve(
             column += block
 
 
-@_compiled
+@compiled
 def _write(
     sums: Any,
     out: Any,
@@ -301,7 +206,7 @@ def _write(
         pixel += LANES
 
 
-@_compiled
+@compiled
 def linear(
     x: Any, weight: Any, bias: Any, out: Any, begin: int, end: int, rows: int, inputs: Any, outputs: Any
 ) -> None:
@@ -321,7 +226,7 @@ def linear(
     units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
     starts, lists, sums = np.empty(2, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
     for row in range(rows):
-        _list_pixels(x, row * inputs, 1, 1, inputs, units, values, starts)
+        list_pixels(x, row * inputs, 1, 1, inputs, units, values, starts)
         units[starts[1] : starts[1] + AHEAD] = 0
         lists[0, 1] = starts[1]
         column, stop = begin * OUTPUTS, min(end * OUTPUTS, bias.size)
@@ -333,24 +238,6 @@ def linear(
             _add_far(block, lists, 1, units, values, weight, inputs * column, sums, 0)
             _copy(sums, 0, out, row * outputs + column, min(block, outputs - column))
             column += block
-
-
-@_compiled
-def list_places(x: Any, places: Any) -> None:
-    """Write where a flat array is not zero."""
-    k, place = int64(0), int64(0)
-    while place + 64 <= x.size:
-        mask = nonzero_mask(x, place)
-        while mask != uint64(0):
-            places[k] = place + lowest(mask)
-            k += 1
-            mask &= mask - uint64(1)
-        place += 64
-    while place < x.size:
-        if x[place] != 0:
-            places[k] = place
-            k += 1
-        place += 1
 
 
 def _some_rows(
@@ -385,4 +272,4 @@ def _some_rows(
 
 
 # Sums may be made in any order; NaN and infinities stay what they are.
-some_rows: Any = _compiled(_some_rows, fastmath={"reassoc", "contract"})
+some_rows: Any = compiled(_some_rows, fastmath={"reassoc", "contract"})
