@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regimewrap.serve import stock
 from regimewrap.serve.cpu import dispatch as cpu
 from regimewrap.serve.partners import Link
+from regimewrap.topk.selection import INTEGERS
 
 
 class CannotSkip(Exception):  # noqa: N818  it says why a layer stays dense; no user sees it
@@ -23,14 +24,15 @@ class CannotSkip(Exception):  # noqa: N818  it says why a layer stays dense; no 
 class Laid:
     """A layer's weight laid out so that each input has a row of its own; never staler than the layer.
 
-    Writes to a weight raise its version, new weights have other memory, and writes around both (``weight.data``) are
-    found by comparing a few elements in each call.
+    Writes to a weight raise its version, and new weights have other memory. Writes around both (through ``weight.data``
+    or numpy) are found by comparing the bits of 16 elements, spread evenly, in each call: a new ``weight.data`` is
+    found, one element of it that is none of these is not.
     """
 
     def __init__(self, module: nn.Module, lay: Callable[[Tensor], Tensor]) -> None:
         self._module, self._lay = module, lay
         self._lock = threading.Lock()
-        self._state: tuple[Any, Tensor, Tensor, Tensor | None] | None = None
+        self._state: tuple[Any, Any, Any, bytes, Tensor | None] | None = None
 
     def get(self) -> Tensor | None:
         """Return the weight as it is now, laid out; ``None`` if it is not finite: zero times infinity is not zero."""
@@ -39,18 +41,20 @@ class Laid:
             return None
         stamp = weight.data_ptr(), weight._version, weight.dtype, weight.shape
         state = self._state
-        if state is None or state[0] != stamp or not torch.equal(torch.take(weight, state[1]), state[2]):
+        if state is None or state[0] != stamp or state[1][state[2]].tobytes() != state[3]:
             with self._lock:
-                places = torch.linspace(0, max(weight.numel() - 1, 0), 16, dtype=torch.float64).long()
-                seen = torch.take(weight, places)
+                bits = weight.detach().view(INTEGERS[weight.dtype][0]).numpy()
+                spread = torch.linspace(0, max(weight.numel() - 1, 0), 16, dtype=torch.float64).long()
+                places = tuple(each.numpy() for each in torch.unravel_index(spread, weight.shape))
+                seen = bits[places].tobytes()
                 laid = self._lay(weight.detach()) if bool(torch.isfinite(weight).all()) else None
-                state = self._state = stamp, places, seen, laid
-        return state[3]
+                state = self._state = stamp, bits, places, seen, laid
+        return state[4]
 
     @property
     def bytes(self) -> int:
         """Memory of the copy; 0 where the layer's own weight serves."""
-        laid = self._state[3] if self._state is not None else None
+        laid = self._state[4] if self._state is not None else None
         weight: Any = self._module._parameters["weight"]
         return 0 if laid is None or laid.data_ptr() == weight.data_ptr() else laid.numel() * laid.element_size()
 

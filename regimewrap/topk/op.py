@@ -66,10 +66,7 @@ def topk_gate(
         SelectionError: an argument is not one of the above.
     """
     selection = Selection(scope, channel_dim, score, relative_to, ties)
-    check_selection(x, selection, multiplier)
-    check_gradient(gradient)
-    check_keep_ratio(keep_ratio)
-    check_dense_rows(dense_rows)
+    _check(x, keep_ratio, dense_rows, selection, gradient, multiplier)
     if _gives_full_budget(keep_ratio):
         return x
     # torch.jit.trace checks its trace without gradients, and wants the same graph again.
@@ -100,27 +97,26 @@ def relu_gate(
     the next layer saves. Here the gated output is both: its zeros are the mask.
     """
     selection = Selection(scope, channel_dim, "value", relative_to, ties)
-    check_selection(x, selection, multiplier)
-    check_gradient(gradient)
-    check_keep_ratio(keep_ratio)
-    check_dense_rows(dense_rows)
+    _check(x, keep_ratio, dense_rows, selection, gradient, multiplier)
     if _gives_full_budget(keep_ratio):
         return torch.relu(x)
     if gradient == "straight_through":
+        rule = selection._replace(score="magnitude")._asdict()
         return topk_gate(
-            torch.relu(x),
-            keep_ratio,
-            dense_rows=dense_rows,
-            scope=scope,
-            channel_dim=channel_dim,
-            relative_to=relative_to,
-            ties=ties,
-            gradient=gradient,
-            multiplier=multiplier,
+            torch.relu(x), keep_ratio, dense_rows=dense_rows, gradient=gradient, multiplier=multiplier, **rule
         )
     positive = selection._replace(score="positive")
     y: Tensor = _select(x, keep_ratio, dense_rows, *positive, multiplier, "output")[0]
     return y
+
+
+def _check(
+    x: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None, selection: Selection, gradient: str, multiplier: float
+) -> None:
+    check_selection(x, selection, multiplier)
+    check_gradient(gradient)
+    check_keep_ratio(keep_ratio)
+    check_dense_rows(dense_rows)
 
 
 def check_keep_ratio(keep_ratio: Tensor) -> None:
@@ -129,16 +125,7 @@ def check_keep_ratio(keep_ratio: Tensor) -> None:
     Raises:
         SelectionError: not a 0-d float64 tensor on the CPU.
     """
-    if not isinstance(keep_ratio, Tensor):
-        raise SelectionError(
-            f"keep_ratio must be a 0-d float64 tensor on the CPU; got {keep_ratio!r}. "
-            "Pass torch.tensor(ratio, dtype=torch.float64)."
-        )
-    if keep_ratio.dtype != torch.float64 or keep_ratio.device.type != "cpu" or keep_ratio.dim() != 0:
-        raise SelectionError(
-            "keep_ratio must be a 0-d float64 tensor on the CPU; got shape "
-            f"{tuple(keep_ratio.shape)}, {keep_ratio.dtype} on {keep_ratio.device}."
-        )
+    _require_float64("keep_ratio", keep_ratio, (), "a 0-d float64 tensor", "ratio")
 
 
 def check_dense_rows(dense_rows: Tensor | None) -> None:
@@ -147,17 +134,18 @@ def check_dense_rows(dense_rows: Tensor | None) -> None:
     Raises:
         SelectionError: neither ``None`` nor a float64 tensor of shape (2,) on the CPU.
     """
-    if dense_rows is None:
-        return
-    if not isinstance(dense_rows, Tensor):
+    if dense_rows is not None:
+        _require_float64("dense_rows", dense_rows, (2,), "a float64 tensor of shape (2,)", "(full_share, update)")
+
+
+def _require_float64(name: str, value: Tensor, shape: tuple[int, ...], kind: str, example: str) -> None:
+    if not isinstance(value, Tensor):
         raise SelectionError(
-            f"dense_rows must be a float64 tensor of shape (2,) on the CPU; got {dense_rows!r}. "
-            "Pass torch.tensor((full_share, update), dtype=torch.float64)."
+            f"{name} must be {kind} on the CPU; got {value!r}. Pass torch.tensor({example}, dtype=torch.float64)."
         )
-    if dense_rows.dtype != torch.float64 or dense_rows.device.type != "cpu" or dense_rows.shape != (2,):
+    if value.dtype != torch.float64 or value.device.type != "cpu" or value.shape != shape:
         raise SelectionError(
-            "dense_rows must be a float64 tensor of shape (2,) on the CPU; got shape "
-            f"{tuple(dense_rows.shape)}, {dense_rows.dtype} on {dense_rows.device}."
+            f"{name} must be {kind} on the CPU; got shape {tuple(value.shape)}, {value.dtype} on {value.device}."
         )
 
 

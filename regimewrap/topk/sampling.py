@@ -6,7 +6,8 @@ memory of its keep ratio, which every call gets.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,25 +31,41 @@ class GateSample(NamedTuple):
 #: is empty, and do nothing more if it is.
 ON: dict[int, list[Tensor]] = {}
 _PAUSED: dict[int, list[Tensor]] = {}
+#: What ends the notes on a keep ratio that dies first: another tensor may then have its address.
+_ENDS: dict[int, weakref.finalize[Any, Tensor]] = {}
 
 
 def begin(keep_ratio: Tensor) -> None:
-    """Note the calls with this keep ratio and with dense rows from now on."""
-    ON[keep_ratio.data_ptr()] = []
+    """Note the calls with this keep ratio and with dense rows from now on, until ``end`` or as long as it lives."""
+    address = keep_ratio.data_ptr()
+    _forget(address)
+    ON[address] = []
+    _ENDS[address] = weakref.finalize(keep_ratio, _forget, address)
+    _ENDS[address].atexit = False
 
 
 def end(keep_ratio: Tensor) -> GateSample:
     """Return what was noted, and note no more; waits for the devices that the calls were on."""
     resume(keep_ratio)
-    seen = ON.pop(keep_ratio.data_ptr(), [])
+    seen = ON.get(keep_ratio.data_ptr(), [])
+    _forget(keep_ratio.data_ptr())
     bound = sum(bool(each) for each in seen)
     return GateSample(len(seen), bound / len(seen) if seen else 0.0)
 
 
+def _forget(address: int) -> None:
+    ON.pop(address, None)
+    _PAUSED.pop(address, None)
+    ending = _ENDS.pop(address, None)
+    if ending is not None:
+        ending.detach()
+
+
 def pause(keep_ratio: Tensor) -> None:
     """Note nothing until ``resume``."""
-    if ON:
-        _PAUSED[keep_ratio.data_ptr()] = ON.pop(keep_ratio.data_ptr(), [])
+    seen = ON.pop(keep_ratio.data_ptr(), None)
+    if seen is not None:
+        _PAUSED[keep_ratio.data_ptr()] = seen
 
 
 def resume(keep_ratio: Tensor) -> None:

@@ -7,6 +7,7 @@ words. Nothing here looks at a tensor's values.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,14 +158,18 @@ def memory_rows(y: Tensor, selection: Selection) -> tuple[int, int, int] | None:
         row if they lie together, and as many rows as that distance otherwise. ``None`` where rows are scattered in
         another way, or where ties that are cut by index could not be cut by place.
     """
-    rows, units = row_shape(y.shape, selection)
-    order = sorted((d for d in range(y.dim()) if y.shape[d] > 1), key=y.stride, reverse=True)
+    return _memory_rows(y.shape, y.stride(), selection)
+
+
+@functools.lru_cache(maxsize=256)
+def _memory_rows(shape: Sequence[int], stride: Sequence[int], selection: Selection) -> tuple[int, int, int] | None:
+    rows, units = row_shape(shape, selection)
+    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=stride.__getitem__, reverse=True)
     if selection.scope == "position":
-        place = selection.channel_dim % y.dim()
+        place = selection.channel_dim % len(shape)
         if units == 1 or order[-1] == place:
             return rows, units, 1
-        inner = y.stride(place)
-        return rows // inner, units, inner
+        return rows // stride[place], units, stride[place]
     if selection.scope == "sample" and 0 in order and order[0] != 0:
         return None
     if selection.ties == "exact" and order != sorted(order):

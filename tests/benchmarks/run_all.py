@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
     "saved_bytes": {model: ["--model", model] for model in ("wrn", "functions", "vit", "bert")},
 }
-PICTURE = {"gate_scaling": "gate-scaling.png"}
+PICTURE = {"gate_scaling": "gate-scaling.png", "serve_curve": "serve-curve.png"}
 ON_GPUS = {"gpu_speed"}  # left out where there is none, unless it is named
 SLOW = {"step_speed-wrn-batch-128"}  # a minute a round: not part of a quick run
 COMPARE = {"<=": operator.le, ">=": operator.ge}

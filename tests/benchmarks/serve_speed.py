@@ -58,7 +58,7 @@ def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor, str]:
     """Return a model, its input, and the scope that it is gated in."""
     torch.manual_seed(paired.SEED)
     if name == "wrn":
-        return WideResNet(28, 4).eval(), torch.randn(batch, 3, 32, 32), "sample"
+        return WideResNet(28, 4, norm="batch").eval(), torch.randn(batch, 3, 32, 32), "sample"
     if name == "mlp":
         layers = [layer for _ in range(6) for layer in (nn.Linear(3072, 3072), nn.ReLU())]
         return (

@@ -93,7 +93,9 @@ def test_layers_give_what_torch_gives_in_its_layout(
     x = images((count, channels, *size), density).to(dtype)
     if last:
         x = x.to(memory_format=torch.channels_last)
-    expected, y = layer(x), run(layer, x)
+    y = run(layer, x)
+    # In float32: of a column of zeros, torch 2.14.1's bfloat16 convolution of stride 2 makes what was in memory before.
+    expected = layer.float()(x.float()).to(dtype)
     assert same(y, expected, 1e-4 if dtype == torch.float32 else 3e-2)
     if min(size) > 1 < channels and min(y.shape) > 1:
         assert y.is_contiguous(memory_format=torch.channels_last) == last

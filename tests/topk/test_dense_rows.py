@@ -252,4 +252,18 @@ def test_calls_are_noted_while_somebody_asks_and_only_those_that_could_cut():
     assert sampling.end(keep_ratio) == (4, 0.5)
     topk_gate(x, keep_ratio)
     assert sampling.end(keep_ratio) == (0, 0.0)
-    assert not sampling.ON
+    assert keep_ratio.data_ptr() not in sampling.ON
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_notes_end_with_the_keep_ratio_that_they_are_on(paused):
+    before, keep_ratio = set(sampling.ON), ratio(0.5)
+    sampling.begin(keep_ratio)
+    if paused:
+        sampling.pause(keep_ratio)
+    address = keep_ratio.data_ptr()
+
+    del keep_ratio
+
+    assert set(sampling.ON) == before - {address}
+    assert address not in sampling._PAUSED

@@ -5,14 +5,13 @@ Cheap to import: numba is loaded when a layer is first served.
 
 from __future__ import annotations
 
-from concurrent.futures import wait
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regimewrap.topk.cpu.dispatch import _pool
+from regimewrap.topk.cpu.dispatch import in_threads
 from regimewrap.topk.loading import Kernels
 
 #: Elements of a result that keep a thread busy for longer than it takes to wake it.
@@ -168,22 +167,8 @@ def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, mo
 
 def share(run: Any, items: int, elements: int) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
-    threads = torch.get_num_threads()
-    parts = min(threads, items, elements // _GRAIN)
-    if parts <= 1:
-        return KERNELS.survive(lambda: run(0, items))
-    bounds = [items * part // parts for part in range(parts + 1)]
-
-    def work() -> None:
-        others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
-        try:
-            run(*bounds[:2])
-        finally:
-            wait(others)  # nothing writes to the result once we have returned
-        for other in others:
-            other.result()
-
-    return KERNELS.survive(work)
+    parts = max(1, min(torch.get_num_threads(), items, elements // _GRAIN))
+    return in_threads(KERNELS, run, [items * part // parts for part in range(parts + 1)])
 
 
 def _filled(bias: Tensor | None, outputs: int) -> Any:

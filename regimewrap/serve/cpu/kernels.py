@@ -6,12 +6,12 @@ with their sums in registers, and some taps at a time, so that their weights sta
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numba
 import numpy as np
 
+from regimewrap.serve.cpu.lists import compiled, count, list_pixels, list_places, list_planes
 from regimewrap.serve.cpu.vectors import (
     AHEAD,
     LANES,
@@ -23,117 +23,49 @@ from regimewrap.serve.cpu.vectors import (
     add_rows_2,
     add_rows_4,
     add_rows_8,
-    lowest,
-    nonzero_mask,
-    ones,
     prefetch,
     transpose_16,
 )
 
-if getattr(numba.config, "DISABLE_JIT", False):
-    raise ImportError("numba's compiler is switched off by NUMBA_DISABLE_JIT")
+__all__ = ["OUTPUTS", "TILE", "convolve", "count", "linear", "list_places", "some_rows"]
 
 int64: Any = np.int64
-uint64: Any = np.uint64
 
 TILE, OUTPUTS = 64, 128  # output pixels of a tile, and outputs that are summed at once
-_CACHE = 1 << 16  # bytes of weights that stay in the nearest cache with the rest that is used
-
-
-def _compiled(function: Any, **more: Any) -> Any:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", **more}
-    with contextlib.suppress(RuntimeError):  # nowhere to keep the result: compile in each process
-        return numba.njit(cache=True, **options)(function)
-    return numba.njit(**options)(function)
-
-
-@_compiled
-def count(x: Any) -> Any:
-    """Return how many elements of a flat array are not zero."""
-    found, place = int64(0), int64(0)
-    while place + 64 <= x.size:
-        found += ones(nonzero_mask(x, place))
-        place += 64
-    while place < x.size:
-        found += x[place] != 0
-        place += 1
-    return found
-
-
-@_compiled
-def _list_pixels(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
-    """List what is not zero of an image whose channels lie together; list ``p`` starts at ``p * channels``."""
-    for pixel in range(pixels):
-        start = first + pixel * channels
-        k, channel = pixel * channels, int64(0)
-        while channel + 64 <= channels:
-            mask = nonzero_mask(x, start + channel)
-            while mask != uint64(0):
-                c = channel + lowest(mask)
-                units[k], values[k] = c, x[start + c]
-                k += 1
-                mask &= mask - uint64(1)
-            channel += 64
-        while channel < channels:
-            if x[start + channel] != 0:
-                units[k], values[k] = channel, x[start + channel]
-                k += 1
-            channel += 1
-        lengths[pixel] = k - pixel * channels
-
-
-@_compiled
-def _list_planes(x: Any, first: Any, pixels: Any, channels: Any, units: Any, values: Any, lengths: Any) -> None:
-    """List the same of an image whose pixels lie together."""
-    lengths[:pixels] = 0
-    for channel in range(channels):
-        start, pixel = first + channel * pixels, int64(0)
-        while pixel + 64 <= pixels:
-            mask = nonzero_mask(x, start + pixel)
-            while mask != uint64(0):
-                p = pixel + lowest(mask)
-                k = p * channels + lengths[p]
-                units[k], values[k] = channel, x[start + p]
-                lengths[p] += 1
-                mask &= mask - uint64(1)
-            pixel += 64
-        while pixel < pixels:
-            if x[start + pixel] != 0:
-                k = pixel * channels + lengths[pixel]
-                units[k], values[k] = channel, x[start + pixel]
-                lengths[pixel] += 1
-            pixel += 1
-
-
-@numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
-def _add(
-    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
-) -> None:
-    if width == 128:
-        add_rows_8(lists, n, units, values, weight, origin, out, place)
-    elif width == 64:
-        add_rows_4(lists, n, units, values, weight, origin, out, place)
-    elif width == 32:
-        add_rows_2(lists, n, units, values, weight, origin, out, place)
-    else:
-        add_rows_1(lists, n, units, values, weight, origin, out, place)
+_CACHE = 1 << 17  # bytes of weights that are used at once, a pixel after the other
+_KEPT = 1 << 20  # bytes of weights that stay in the second cache from one tile to the next
 
 
 @numba.njit(inline="always", error_model="numpy")
-def _add_far(
-    width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, origin: Any, out: Any, place: Any
-) -> None:
-    if width == 128:
-        add_far_rows_8(lists, n, units, values, weight, origin, out, place)
-    elif width == 64:
-        add_far_rows_4(lists, n, units, values, weight, origin, out, place)
-    elif width == 32:
-        add_far_rows_2(lists, n, units, values, weight, origin, out, place)
-    else:
-        add_far_rows_1(lists, n, units, values, weight, origin, out, place)
+def _copy(x: Any, begin: Any, out: Any, to: Any, n: Any) -> None:
+    # Slices, in which no index can count from the end: only such a loop is made of vectors.
+    source, target = x[begin : begin + n], out[to : to + n]
+    for i in range(n):
+        target[i] = source[i]
 
 
-@_compiled
+def _by_width(rows_1: Any, rows_2: Any, rows_4: Any, rows_8: Any) -> Any:
+    """Return a function that calls the one of these for a block of 16, 32, 64 or 128 outputs."""
+
+    @numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
+    def add(width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, at: Any, out: Any, to: Any) -> None:
+        if width == 128:
+            rows_8(lists, n, units, values, weight, at, out, to)
+        elif width == 64:
+            rows_4(lists, n, units, values, weight, at, out, to)
+        elif width == 32:
+            rows_2(lists, n, units, values, weight, at, out, to)
+        else:
+            rows_1(lists, n, units, values, weight, at, out, to)
+
+    return add
+
+
+_add = _by_width(add_rows_1, add_rows_2, add_rows_4, add_rows_8)
+_add_far = _by_width(add_far_rows_1, add_far_rows_2, add_far_rows_4, add_far_rows_8)
+
+
+@compiled
 def convolve(
     x: Any,
     weight: Any,
@@ -166,7 +98,7 @@ def convolve(
     pixels, out_pixels, step, taps = height * width, out_height * out_width, bias.size, window_height * window_width
     tiles = (out_pixels + TILE - 1) // TILE
     units, values = np.empty(pixels * channels + 1, np.uint32), np.empty(pixels * channels + 1, np.float32)
-    lengths, lists = np.empty(pixels, np.int64), np.empty((taps, 3), np.int64)
+    starts, lists = np.empty(pixels + 1, np.int64), np.empty((taps, 3), np.int64)
     sums = np.empty((TILE + LANES) * OUTPUTS, np.float32)
     listed, direct = int64(-1), not out_planes and outputs == step
     for tile in range(begin, end):
@@ -177,9 +109,9 @@ def convolve(
         right = out_width * stride_x - pad_x
         if image != listed:
             if x_planes:
-                _list_planes(x, image * pixels * channels, pixels, channels, units, values, lengths)
+                list_planes(x, image * pixels * channels, pixels, width, channels, units, values, starts)
             else:
-                _list_pixels(x, image * pixels * channels, pixels, channels, units, values, lengths)
+                list_pixels(x, image * pixels * channels, pixels, width, channels, units, values, starts)
             listed = image
         column = int64(0)
         while column < step:
@@ -190,35 +122,48 @@ def convolve(
             place = (image * out_pixels + first) * outputs + column
             target, origin, pitch = (out, place, outputs) if direct else (sums, int64(0), block)
             for pixel in range(last - first):
-                for i in range(block):
-                    target[origin + pixel * pitch + i] = bias[column + i]
-            base = taps * channels * column
-            group = max(min(_CACHE // (4 * channels * block), window_width), 1)
-            for tap_y in range(window_height):
-                for tap_first in range(0, window_width, group):
-                    tap_last = min(tap_first + group, window_width)
+                _copy(bias, column, target, origin + pixel * pitch, block)
+            base, tap = taps * channels * column, channels * block
+            # So many taps at once that their weights stay near: some rows of the window, or a part of one.
+            across = max(min(_CACHE // (4 * tap), window_width), 1)
+            down = max(min(_CACHE // (4 * tap * window_width), window_height), 1)
+            for tap_top in range(0, window_height, down):
+                tap_bottom = min(tap_top + down, window_height)
+                for tap_first in range(0, window_width, across):
+                    tap_last = min(tap_first + across, window_width)
                     # Weights that come next are fetched while these are used, a part with each pixel.
-                    ahead = base + (tap_y * window_width + tap_last) * channels * block
-                    part = (group * channels * block // LANES // (last - first) + 1) * LANES
+                    ahead = base + ((tap_bottom - 1) * window_width + tap_last) * tap
+                    part = (across * down * tap // LANES // (last - first) + 1) * LANES
+                    if tile > begin and 4 * taps * channels * step <= _KEPT:
+                        part = int64(0)
                     row, corner = top, left
                     for pixel in range(last - first):
-                        y, x_0 = row + tap_y * dilation_y, corner
+                        y_0, x_0 = row, corner
                         corner += stride_x
                         if corner == right:
                             row, corner = row + stride_y, -pad_x
                         for line in range(0, part, LANES):
                             prefetch(weight, ahead + pixel * part + line)
-                        if y < 0 or y >= height:
-                            continue
                         n = 0
-                        for tap_x in range(tap_first, tap_last):
-                            xx = x_0 + tap_x * dilation_x
-                            if 0 <= xx < width:
-                                source = y * width + xx
-                                lists[n, 0] = source * channels
-                                lists[n, 1] = lengths[source]
-                                lists[n, 2] = (tap_y * window_width + tap_x) * channels * block
-                                n += 1
+                        for tap_y in range(tap_top, tap_bottom):
+                            y = y_0 + tap_y * dilation_y
+                            if y < 0 or y >= height:
+                                continue
+                            if dilation_x == 1:  # neighbours are one list, and their taps lie in the same order
+                                begun, ended = max(x_0 + tap_first, 0), min(x_0 + tap_last, width)
+                                if begun < ended:
+                                    lists[n, 0] = starts[y * width + begun]
+                                    lists[n, 1] = starts[y * width + ended] - lists[n, 0]
+                                    lists[n, 2] = (tap_y * window_width - x_0) * tap
+                                    n += 1
+                                continue
+                            for tap_x in range(tap_first, tap_last):
+                                xx = x_0 + tap_x * dilation_x
+                                if 0 <= xx < width:
+                                    lists[n, 0] = starts[y * width + xx]
+                                    lists[n, 1] = starts[y * width + xx + 1] - lists[n, 0]
+                                    lists[n, 2] = (tap_y * window_width + tap_x - xx) * tap
+                                    n += 1
                         if n:
                             _add(block, lists, n, units, values, weight, base, target, origin + pixel * pitch)
             if not direct:
@@ -226,7 +171,7 @@ def convolve(
             column += block
 
 
-@_compiled
+@compiled
 def _write(
     sums: Any,
     out: Any,
@@ -244,9 +189,7 @@ def _write(
     start = image * pixels * outputs
     if not planes:
         for pixel in range(last - first):
-            place, source = start + (first + pixel) * outputs + column, pixel * block
-            for i in range(used):
-                out[place + i] = sums[source + i]
+            _copy(sums, pixel * block, out, start + (first + pixel) * outputs + column, used)
         return
     pixel = int64(0)
     while pixel < last - first:
@@ -263,7 +206,7 @@ def _write(
         pixel += LANES
 
 
-@_compiled
+@compiled
 def linear(
     x: Any, weight: Any, bias: Any, out: Any, begin: int, end: int, rows: int, inputs: Any, outputs: Any
 ) -> None:
@@ -281,40 +224,20 @@ def linear(
         outputs: the same of ``out``.
     """
     units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
-    lengths, lists, sums = np.empty(1, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
+    starts, lists, sums = np.empty(2, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
     for row in range(rows):
-        _list_pixels(x, row * inputs, 1, inputs, units, values, lengths)
-        units[lengths[0] : lengths[0] + AHEAD] = 0
-        lists[0, 1] = lengths[0]
+        list_pixels(x, row * inputs, 1, 1, inputs, units, values, starts)
+        units[starts[1] : starts[1] + AHEAD] = 0
+        lists[0, 1] = starts[1]
         column, stop = begin * OUTPUTS, min(end * OUTPUTS, bias.size)
         while column < stop:
             block = int64(OUTPUTS)
             while block > bias.size - column:
                 block //= 2
-            for i in range(block):
-                sums[i] = bias[column + i]
+            _copy(bias, column, sums, 0, block)
             _add_far(block, lists, 1, units, values, weight, inputs * column, sums, 0)
-            for i in range(min(block, outputs - column)):
-                out[row * outputs + column + i] = sums[i]
+            _copy(sums, 0, out, row * outputs + column, min(block, outputs - column))
             column += block
-
-
-@_compiled
-def list_places(x: Any, places: Any) -> None:
-    """Write where a flat array is not zero."""
-    k, place = int64(0), int64(0)
-    while place + 64 <= x.size:
-        mask = nonzero_mask(x, place)
-        while mask != uint64(0):
-            places[k] = place + lowest(mask)
-            k += 1
-            mask &= mask - uint64(1)
-        place += 64
-    while place < x.size:
-        if x[place] != 0:
-            places[k] = place
-            k += 1
-        place += 1
 
 
 def _some_rows(
@@ -341,10 +264,12 @@ def _some_rows(
             for line in range(0, inputs, LANES):
                 prefetch(weight, following + line)
         total, first, start = x.dtype.type(0), row * inputs, unit * inputs
+        # Slices for the reason that ``_copy`` gives.
+        left, right = x[first : first + inputs], weight[start : start + inputs]
         for j in range(inputs):
-            total += x[first + j] * weight[start + j]
+            total += left[j] * right[j]
         out[place] = total + bias[unit] if bias.size else total
 
 
 # Sums may be made in any order; NaN and infinities stay what they are.
-some_rows: Any = _compiled(_some_rows, fastmath={"reassoc", "contract"})
+some_rows: Any = compiled(_some_rows, fastmath={"reassoc", "contract"})

@@ -64,31 +64,21 @@ def gate(
         _tell_of_long_rows()
         return False
     outer, units, inner = blocks
-    integer, infinity = INTEGERS[x.dtype]
-    if x.stride() != y.stride() or x.is_neg():
-        x = torch.empty_like(y).copy_(x)
-    source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
-    scalar = source.dtype.type
-    settings = (
-        ratio,
-        selection.relative_to == "active",
-        selection.ties == "exact",
-        _SCORES[selection.score],
-        scalar(infinity),
-        scalar((1 << 8 * x.element_size() - 1) - 1),
-    )
+    source, result, packed = _flat(_laid_like(x, y)), _flat(y), bits.numpy()
+    active, exact = selection.relative_to == "active", selection.ties == "exact"
+    how = ratio, active, exact, _SCORES[selection.score], *_limits(x.dtype)
     if selection.scope == "batch":
         whole = _scaled(full, source.size, y)
-        return KERNELS.survive(lambda: kernels.gate_whole(source, result, packed, *whole, *settings))
+        return KERNELS.survive(lambda: kernels.gate_whole(source, result, packed, whole, how))
     # Rows that do not fill bytes are packed eight at a time.
     step = 1 if packed.size == 0 or units * inner % 8 == 0 else 8
     full = _scaled(full, outer, y)
 
     def run(start: int, stop: int) -> None:
         if inner == 1:
-            kernels.gate_rows(source, result, packed, start, stop, *full, units, *settings)
+            kernels.gate_rows(source, result, packed, start, stop, full, units, how)
         else:
-            kernels.gate_positions(source, result, packed, start, stop, *full, units, *settings, inner)
+            kernels.gate_positions(source, result, packed, start, stop, full, units, how, inner)
 
     return _share(run, outer, step, x.numel(), full)
 
@@ -115,14 +105,9 @@ def cut(x: Tensor, y: Tensor, bits: Tensor, threshold: Tensor, score: str, full:
     kernels = _kernels(x)
     if kernels is None or (full[1] > full[0] and not is_outermost(y)):
         return False
-    integer, infinity = INTEGERS[x.dtype]
-    if x.stride() != y.stride() or x.is_neg():
-        x = torch.empty_like(y).copy_(x)
-    source, result, packed = _flat(x, integer), _flat(y, integer), bits.numpy()
-    scalar = source.dtype.type
-    pivot = scalar(threshold.to(x.dtype).view(integer).item())
-    full = _scaled(full, source.size, y)
-    settings = (*full, pivot, _SCORES[score], scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1))
+    source, result, packed = _flat(_laid_like(x, y)), _flat(y), bits.numpy()
+    pivot = _flat(threshold.to(x.dtype))[0]
+    settings = _scaled(full, source.size, y), pivot, (_SCORES[score], *_limits(x.dtype))
 
     def run(start: int, stop: int) -> None:
         kernels.cut(source, result, packed, start, stop, *settings)
@@ -145,17 +130,11 @@ def count(x: Tensor, counts: Tensor, after_relu: bool, shift: int) -> bool:
     kernels = _kernels(x)
     if kernels is None or x.numel() >= 1 << 32:  # more than a kernel counts
         return False
-    dense = torch.empty_like(x)
-    if x.stride() != dense.stride() or x.is_neg():
-        x = dense.copy_(x)
-    integer, infinity = INTEGERS[x.dtype]
-    source, parts = _flat(x, integer), []
-    scalar = source.dtype.type
-    score = _SCORES["positive" if after_relu else "magnitude"]
-    settings = (score, scalar(infinity), scalar((1 << 8 * x.element_size() - 1) - 1), shift)
+    source, parts = _flat(_laid_like(x, torch.empty_like(x))), []
+    how = _SCORES["positive" if after_relu else "magnitude"], *_limits(x.dtype)
 
     def run(start: int, stop: int) -> None:
-        parts.append(kernels.count(source, start, stop, *settings))
+        parts.append(kernels.count(source, start, stop, how, shift))
 
     if not _share(run, source.size, 1, source.size):
         return False
@@ -178,8 +157,7 @@ def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
     kernels = _kernels(grad)
     if kernels is None or grad.dtype not in INTEGERS:
         return False
-    integer, _ = INTEGERS[grad.dtype]
-    source, result, packed = _flat(grad, integer), _flat(out, integer), bits.numpy()
+    source, result, packed = _flat(grad), _flat(out), bits.numpy()
 
     def run(start: int, stop: int) -> None:
         kernels.mask_gradient(source, packed, result, start, stop)
@@ -196,9 +174,23 @@ def _tell_of_long_rows() -> None:
     )
 
 
-def _flat(x: Tensor, integer: torch.dtype) -> Any:
+def _laid_like(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``x``, or a copy of it, with the strides of ``y`` and its values in memory."""
+    return torch.empty_like(y).copy_(x) if x.stride() != y.stride() or x.is_neg() else x
+
+
+def _flat(x: Tensor) -> Any:
     """View the memory of a tensor without gaps as a flat numpy array of integers."""
-    return x.as_strided((x.numel(),), (1,)).view(integer).numpy()
+    bits = x.view(INTEGERS[x.dtype][0])
+    return bits.numpy().reshape(-1) if bits.is_contiguous() else bits.as_strided((x.numel(),), (1,)).numpy()
+
+
+@functools.cache
+def _limits(dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the bits of infinity, and the largest integer as wide, in that integer's numpy type."""
+    integer, infinity = INTEGERS[dtype]
+    scalar = torch.empty(0, dtype=integer).numpy().dtype.type
+    return scalar(infinity), scalar(torch.iinfo(integer).max)
 
 
 def _import() -> ModuleType:
@@ -229,14 +221,19 @@ def _share(
     run: Callable[[int, int], None], items: int, step: int, elements: int, full: tuple[int, int] = (0, 0)
 ) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
-    threads = torch.get_num_threads()
-    parts = min(threads, elements // _GRAIN, items // step)
+    parts = min(torch.get_num_threads(), elements // _GRAIN, items // step)
+    return in_threads(KERNELS, run, _bounds(items, step, parts, full) if parts > 1 else [0, items])
+
+
+def in_threads(kernels: Kernels, run: Callable[[int, int], None], bounds: list[int]) -> bool:
+    """Call ``run`` on each range from one bound to the next, in threads of their own; False if a kernel failed."""
+    parts = len(bounds) - 1
     if parts <= 1:
-        return KERNELS.survive(lambda: run(0, items))
-    bounds = _bounds(items, step, parts, full)
+        return kernels.survive(lambda: run(*bounds))
 
     def work() -> None:
-        others = [_pool(threads).submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
+        pool = _pool(torch.get_num_threads())
+        others = [pool.submit(run, *bounds[part : part + 2]) for part in range(1, parts)]
         try:
             run(*bounds[:2])
         finally:
@@ -244,7 +241,7 @@ def _share(
         for other in others:
             other.result()
 
-    return KERNELS.survive(work)
+    return kernels.survive(work)
 
 
 def _bounds(items: int, step: int, parts: int, full: tuple[int, int]) -> list[int]:

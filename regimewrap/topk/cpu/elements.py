@@ -68,19 +68,7 @@ def _cut(x: Any, y: Any, mask: Any, pivot: Any, score: int, infinity: Any, top: 
 
 
 @compiled
-def cut(
-    x: Any,
-    y: Any,
-    bits: Any,
-    start: int,
-    stop: int,
-    full_from: int,
-    full_to: int,
-    pivot: Any,
-    score: int,
-    infinity: Any,
-    top: Any,
-) -> None:
+def cut(x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, pivot: Any, how: Any) -> None:
     """Copy the elements of ``x`` whose key reaches ``pivot``, and zero the others.
 
     Args:
@@ -89,13 +77,13 @@ def cut(
         bits: which elements were kept, packed; empty where nobody asks.
         start: the first element; a multiple of 8.
         stop: one past the last; a multiple of 8, or the end.
-        full_from: the first element that is kept whatever its key.
-        full_to: one past the last of these.
+        full: the first element that is kept whatever its key, and one past the last of these.
         pivot: bits of the threshold, at most infinity's.
-        score: MAGNITUDE, or POSITIVE for the magnitude after a ReLU, which is then applied.
-        infinity: bits of infinity, in the dtype of ``x``.
-        top: the largest integer of that dtype.
+        how: MAGNITUDE, or POSITIVE for the magnitude after a ReLU, which is then applied; the bits of infinity, and the
+            largest integer of that dtype.
     """
+    full_from, full_to = full
+    score, infinity, top = how
     if score == POSITIVE:
         pivot = max(pivot, x.dtype.type(1))
     mask = np.zeros(8 * _BLOCK if bits.size else 0, np.uint8)
@@ -113,18 +101,17 @@ def cut(
 
 
 @compiled
-def count(x: Any, start: int, stop: int, score: int, infinity: Any, top: Any, shift: int) -> Any:
+def count(x: Any, start: int, stop: int, how: Any, shift: int) -> Any:
     """Return how many elements, NaN apart, have which top bits.
 
     Args:
         x: bits of float32 numbers, flat.
         start: the first element.
         stop: one past the last; fewer than 2^32 on.
-        score: MAGNITUDE, or POSITIVE for the magnitude after a ReLU.
-        infinity: bits of infinity.
-        top: the largest integer of that dtype.
+        how: as for ``cut``.
         shift: low bits that are not looked at.
     """
+    score, infinity, top = how
     bins = (infinity >> shift) + 1
     # Four histograms, so that equal neighbours (zeros, often) do not wait for each other's sum.
     counts = np.zeros((4, bins + 1), np.uint32)

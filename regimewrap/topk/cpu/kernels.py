@@ -54,8 +54,9 @@ def _write_each_with_mask(x: Any, y: Any, thresholds: Any, mask: Any) -> None:
 
 
 @compiled
-def _pivot(keys: Any, ratio: float, active: bool, exact: bool, score: int, infinity: Any, sample: Any) -> Any:
+def _pivot(keys: Any, how: Any, sample: Any) -> Any:
     """Return the least key that is kept, and the index from which on ties with it are not."""
+    ratio, active, exact, score, infinity, _ = how
     k, threshold, reached, exceeded = find_threshold(keys, ratio, active, score == VALUE, sample)
     if score == POSITIVE:
         threshold = max(threshold, 1)
@@ -66,22 +67,12 @@ def _pivot(keys: Any, ratio: float, active: bool, exact: bool, score: int, infin
 
 
 @compiled
-def _gate_row(
-    x: Any,
-    y: Any,
-    mask: Any,
-    ratio: float,
-    active: bool,
-    exact: bool,
-    score: int,
-    infinity: Any,
-    top: Any,
-    sample: Any,
-) -> None:
+def _gate_row(x: Any, y: Any, mask: Any, how: Any, sample: Any) -> None:
     """Gate one row; ``mask`` is a byte for each unit, or empty."""
+    _, _, _, score, infinity, top = how
     for i in range(x.size):
         y[i] = key(x[i], score, infinity, top)
-    threshold, end = _pivot(y, ratio, active, exact, score, infinity, sample)
+    threshold, end = _pivot(y, how, sample)
     pivot = x.dtype.type(threshold)
     if mask.size:
         _write_with_mask(x[:end], y[:end], pivot, mask[:end])
@@ -94,22 +85,14 @@ def _gate_row(
 
 
 @compiled
-def gate_rows(
-    x: Any,
-    y: Any,
-    bits: Any,
-    start: int,
-    stop: int,
-    full_from: int,
-    full_to: int,
-    units: int,
-    ratio: float,
-    active: bool,
-    exact: bool,
-    score: int,
-    infinity: Any,
-    top: Any,
-) -> None:
+def _room(units: Any, bits: Any) -> Any:
+    """Return how many rows are packed together, and a byte for each of their units where bits are wanted."""
+    together = 1 if units % 8 == 0 else 8
+    return together, np.zeros((together * units + 7) // 8 * 8 if bits.size else 0, np.uint8)
+
+
+@compiled
+def gate_rows(x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, units: int, how: Any) -> None:
     """Gate rows ``start`` to ``stop`` whose units are neighbours in memory.
 
     Args:
@@ -118,19 +101,16 @@ def gate_rows(
         bits: which units were kept, packed over the whole tensor; empty where nobody asks.
         start: the first row; a multiple of 8 where bits are wanted and rows do not fill bytes.
         stop: one past the last row.
-        full_from: the first row that keeps all its units.
-        full_to: one past the last of these.
+        full: the first row that keeps all its units, and one past the last of these.
         units: in a row.
-        ratio: effective keep ratio, in (0, 1).
-        active: whether k is a share of the non-zero units only.
-        exact: whether ties are cut, lowest index first.
-        score: MAGNITUDE, VALUE, or POSITIVE for the magnitude after a ReLU, which is then applied.
-        infinity: bits of infinity, in the dtype of ``x``.
-        top: the largest integer of that dtype.
+        how: the effective keep ratio, in (0, 1); whether k is a share of the non-zero units only; whether ties are cut,
+            lowest index first; MAGNITUDE, VALUE, or POSITIVE for the magnitude after a ReLU, which is then applied; the
+            bits of infinity, and the largest integer of that dtype.
     """
+    full_from, full_to = full
+    _, _, _, score, infinity, top = how
     sample = np.empty(SAMPLE, x.dtype)
-    together = 1 if units % 8 == 0 else 8
-    mask = np.zeros((together * units + 7) // 8 * 8 if bits.size else 0, np.uint8)
+    together, mask = _room(units, bits)
     for first in range(start, stop, together):
         last = min(first + together, stop)
         for row in range(first, last):
@@ -139,32 +119,22 @@ def gate_rows(
             if full_from <= row < full_to:
                 keep_all(source, result, noted, score, infinity, top)
             else:
-                _gate_row(source, result, noted, ratio, active, exact, score, infinity, top, sample)
+                _gate_row(source, result, noted, how, sample)
         if bits.size:
             mask[(last - first) * units :] = 0
             pack(mask, bits[first * units // 8 : (last * units + 7) // 8])
 
 
 @compiled
-def gate_whole(
-    x: Any,
-    y: Any,
-    bits: Any,
-    full_from: int,
-    full_to: int,
-    ratio: float,
-    active: bool,
-    exact: bool,
-    score: int,
-    infinity: Any,
-    top: Any,
-) -> None:
-    """Gate all elements as one row, apart from ``full_from`` to ``full_to``, an end of it that is kept in full."""
+def gate_whole(x: Any, y: Any, bits: Any, full: Any, how: Any) -> None:
+    """Gate all elements as one row, apart from those in ``full``, an end of it that is kept; see ``gate_rows``."""
+    full_from, full_to = full
+    _, _, _, score, infinity, top = how
     begin, end = (full_to, x.size) if full_from == 0 else (0, full_from)
     mask = np.zeros((x.size + 7) // 8 * 8 if bits.size else 0, np.uint8)
     noted = mask[: x.size]
     sample = np.empty(SAMPLE, x.dtype)
-    _gate_row(x[begin:end], y[begin:end], noted[begin:end], ratio, active, exact, score, infinity, top, sample)
+    _gate_row(x[begin:end], y[begin:end], noted[begin:end], how, sample)
     source, result = x[full_from:full_to], y[full_from:full_to]
     keep_all(source, result, noted[full_from:full_to], score, infinity, top)
     if bits.size:
@@ -173,26 +143,14 @@ def gate_whole(
 
 @compiled
 def gate_positions(
-    x: Any,
-    y: Any,
-    bits: Any,
-    start: int,
-    stop: int,
-    full_from: int,
-    full_to: int,
-    units: int,
-    ratio: float,
-    active: bool,
-    exact: bool,
-    score: int,
-    infinity: Any,
-    top: Any,
-    inner: int,
+    x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, units: int, how: Any, inner: int
 ) -> None:
     """Gate positions whose units lie ``inner`` elements apart, as channels of an image do; see ``gate_rows``.
 
-    ``start``, ``stop``, ``full_from`` and ``full_to`` count blocks of ``units`` times ``inner`` elements.
+    ``start``, ``stop`` and ``full`` count blocks of ``units`` times ``inner`` elements.
     """
+    full_from, full_to = full
+    _, _, exact, score, infinity, top = how
     block = units * inner
     tile = max(16, min(64, (1 << 15) // units))
     # Rows one cache line longer than they need be: at a power of two they would all compete for the same lines.
@@ -200,8 +158,7 @@ def gate_positions(
     thresholds = np.empty(tile, x.dtype)
     ends = np.empty(tile, np.int64)
     sample = np.empty(SAMPLE, x.dtype)
-    together = 1 if block % 8 == 0 else 8
-    mask = np.zeros((together * block + 7) // 8 * 8 if bits.size else 0, np.uint8)
+    together, mask = _room(block, bits)
     for first in range(start, stop, together):
         last = min(first + together, stop)
         for outer in range(first, last):
@@ -219,7 +176,7 @@ def gate_positions(
                     for j in range(width):
                         keys[j, unit] = line[j]
                 for j in range(width):
-                    threshold, ends[j] = _pivot(keys[j, :units], ratio, active, exact, score, infinity, sample)
+                    threshold, ends[j] = _pivot(keys[j, :units], how, sample)
                     thresholds[j] = threshold
                 for unit in range(units):
                     line = slice(unit * inner + left, unit * inner + left + width)

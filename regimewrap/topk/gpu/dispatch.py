@@ -38,19 +38,7 @@ _SCORES = ("magnitude", "value", "positive")
 def gate(
     x: Tensor, y: Tensor, bits: Tensor, ratio: float, selection: Selection, full: tuple[int, int] = (0, 0)
 ) -> bool:
-    """Write the gated ``x`` to ``y``, and which units were kept to ``bits`` unless that is empty.
-
-    Args:
-        x: on a GPU, any strides, at least one element.
-        y: ``torch.empty_like(x)``.
-        bits: uint8, one bit for each element in the order of ``y``'s memory, or empty.
-        ratio: effective keep ratio, in (0, 1).
-        selection: what is ranked with what.
-        full: the entries of the first dimension that keep all their units, and do not compete; not all of them.
-
-    Returns:
-        False if no kernel serves this tensor; ``y`` and ``bits`` are then undefined.
-    """
+    """Write the gated ``x``, which is on a GPU, to ``y``; all else is as for the CPU's ``gate``."""
     if full[1] > full[0]:
         return _gate_others(x, y, bits, ratio, selection, full)
     kernels = KERNELS.get()
