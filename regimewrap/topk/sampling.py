@@ -6,6 +6,7 @@ memory of its keep ratio, which every call gets.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -30,25 +31,35 @@ class GateSample(NamedTuple):
 #: is empty, and do nothing more if it is.
 ON: dict[int, list[Tensor]] = {}
 _PAUSED: dict[int, list[Tensor]] = {}
+#: Ends what a gate began that is gone: another one may have its keep ratio in the same memory next.
+_OWNERS: dict[int, weakref.ref[Tensor]] = {}
 
 
 def begin(keep_ratio: Tensor) -> None:
     """Note the calls with this keep ratio and with dense rows from now on."""
-    ON[keep_ratio.data_ptr()] = []
+    address = keep_ratio.data_ptr()
+    _OWNERS[address] = weakref.ref(keep_ratio, lambda _: _drop(address))
+    ON[address] = []
+
+
+def _drop(address: int) -> list[Tensor]:
+    _OWNERS.pop(address, None)
+    paused = _PAUSED.pop(address, [])
+    return ON.pop(address, paused)
 
 
 def end(keep_ratio: Tensor) -> GateSample:
     """Return what was noted, and note no more; waits for the devices that the calls were on."""
-    resume(keep_ratio)
-    seen = ON.pop(keep_ratio.data_ptr(), [])
+    seen = _drop(keep_ratio.data_ptr())
     bound = sum(bool(each) for each in seen)
     return GateSample(len(seen), bound / len(seen) if seen else 0.0)
 
 
 def pause(keep_ratio: Tensor) -> None:
     """Note nothing until ``resume``."""
-    if ON:
-        _PAUSED[keep_ratio.data_ptr()] = ON.pop(keep_ratio.data_ptr(), [])
+    seen = ON.pop(keep_ratio.data_ptr(), None)
+    if seen is not None:
+        _PAUSED[keep_ratio.data_ptr()] = seen
 
 
 def resume(keep_ratio: Tensor) -> None:
@@ -71,5 +82,5 @@ def note(x: Tensor, y: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None, sc
     seen = ON.get(keep_ratio.data_ptr())
     if seen is None or dense_rows is None or torch_private.in_backward():  # what is recomputed was noted before
         return
-    before = torch.relu(x) if score == "positive" else x
+    before = torch.ops.aten.relu(x) if score == "positive" else x
     seen.append(torch.count_nonzero(before) != torch.count_nonzero(y))
