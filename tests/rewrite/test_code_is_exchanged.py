@@ -19,6 +19,7 @@ from torch import nn
 
 from regimewrap import RegimePolicy, at_keep_ratio, gate_of, plan, unwrap, verify, wrap
 from regimewrap.errors import WrapError
+from regimewrap.rewrite import exchange
 from regimewrap.sites.read.code import EXCHANGED
 from regimewrap.topk.op import topk_gate
 
@@ -228,6 +229,24 @@ def test_copies_and_files_keep_their_gates_when_the_original_has_gone(make, x):
     for each in copies:
         assert torch.equal(each(x), by_hand(each, x))
         assert torch.equal(unwrap(each)(x), dense)
+
+
+def test_a_model_that_is_collected_while_another_is_wrapped_takes_no_code_away(monkeypatch):
+    models, x = [wrap(Block())], torch.randn(4, 8)
+
+    class CollectedMeanwhile(type(EXCHANGED)):
+        def get(self, function):
+            found = super().get(function)
+            models.clear()
+            gc.collect()
+            return found
+
+    ours = CollectedMeanwhile()
+    ours.data = EXCHANGED.data
+    monkeypatch.setattr(exchange, "EXCHANGED", ours)
+    model = wrap(Block())
+    assert not models
+    assert verify(model, x).gated == ("forward.gelu",)
 
 
 def test_the_functions_own_code_comes_back_with_the_last_of_its_users(x):
