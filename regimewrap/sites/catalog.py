@@ -171,6 +171,8 @@ def kind_of_module(module: nn.Module) -> str | None:
             return MODULES[cls]
     if type(module).__name__ in NORM_AND_ACTIVATION:
         return _kind_after_norm(module)
+    if _ends_in_relu(type(module)) and ".qat" in type(module).__module__:
+        return "relu"  # a layer with its ReLU and fake quantization, all in floating point
     if next(module.children(), None) is not None:
         return None
     kind = kind_of_name(type(module).__name__)
@@ -203,9 +205,13 @@ def fused_activation(module: nn.Module) -> str | None:
         return "relu" if module.nonlinearity == "relu" else "tanh"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "tanh"
-    cls = type(module)
-    quantizes = cls.__module__.startswith("torch.") and re.search(r"\.quantized|\.qat", cls.__module__)
-    return "relu" if quantizes and "ReLU" in cls.__name__ and not isinstance(module, nn.ReLU) else None
+    quantized = ".quantized" in type(module).__module__ and not isinstance(module, nn.ReLU)
+    return "relu" if quantized and _ends_in_relu(type(module)) else None
+
+
+def _ends_in_relu(cls: type) -> bool:
+    """Say whether a class of torch's quantization computes a ReLU last."""
+    return cls.__module__.startswith("torch.") and "ReLU" in cls.__name__
 
 
 def kind_of_callee(value: Any) -> str | None:

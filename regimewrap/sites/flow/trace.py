@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from regimewrap.sites import catalog
 from regimewrap.sites.flow.expressions import own
 from regimewrap.sites.flow.statements import Statements
 from regimewrap.sites.flow.writing import (
@@ -205,7 +206,8 @@ class Tracer(Statements):
         home, name = function.__module__ or "", function.__name__
         if name in ("checkpoint", "_gradient_checkpointing_func") and args:
             return self._apply(args[0], args[1:], {})
-        if home.partition(".")[0] in ("torch", "einops") and not home.startswith("torch.nn.modules."):
+        outside = home.partition(".")[0] in ("torch", "einops") and not home.startswith("torch.nn.modules.")
+        if outside or catalog.kind_of_function(function) is not None:  # its name says what it does
             return self._node("call_function", function, args, kwargs)
         inner = body_of(function)
         tree = parse(inner)
