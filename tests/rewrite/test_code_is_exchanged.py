@@ -350,7 +350,9 @@ def test_blocks_compiled_one_by_one_share_their_graphs(act, x):
     counts = []
     for model in (bare(lambda: nn.Sequential(*[Residual() for _ in range(10)])) for _ in range(2)):
         torch.compiler.reset()
-        counter = torch._dynamo.testing.CompileCounter()
+        from torch._dynamo.testing import CompileCounter
+
+        counter = CompileCounter()
         if counts:
             wrap(model)
             gate_of(model).set_keep_ratio(RATIO)
@@ -550,13 +552,30 @@ def test_a_shallow_copy_of_a_relu_has_the_mode_of_its_own(x):
     assert not torch.equal(model[1](x), F.relu(x))
 
 
-def test_a_function_that_asks_for_its_locals_is_named():
+class AsksForLocals(Base):
+    def forward(self, x, scale=1.0):
+        h = F.gelu(self.a(x)) * scale
+        self.seen = sorted(locals()), sorted(vars()), dir()
+        return self.b(next(F.relu(each) for each in [h]))
+
+
+def test_a_function_that_asks_for_its_locals_finds_its_own_only(x):
+    model = AsksForLocals()
+    model(x)
+    bare = model.seen
+    wrap(model, example_inputs=x)
+    assert verify(model, x).gated == ("forward.gelu", "forward.relu")
+    assert model.seen == bare
+
+
+def test_a_function_that_asks_for_its_locals_after_losing_its_module_is_named():
     class Asks(Base):
         def forward(self, x):
+            self = self.eval()
             return self.b(F.gelu(self.a(x))) if locals() else x
 
     (row,) = plan(Asks()).rows
-    assert "locals()" in row.why
+    assert "locals(), which would show" in row.why
 
 
 def test_methods_with_type_parameters_are_gated(x):
