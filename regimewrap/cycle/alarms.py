@@ -79,10 +79,11 @@ class Alarms:
         if self._missed > DOUBTS:
             self._missed = 0
             raise WrapError(
-                f"this RegimeCycler drives nothing: in {DOUBTS} updates in a row the model's weights changed, and no "
-                "forward pass in train mode reached its gate. Another tool has dropped the gate (as torch.fx's "
-                "prepare_qat_fx does), or the model trains in eval mode, or through a copy. Wrap the model that "
-                "trains, after such tools, and make a new RegimeCycler of it."
+                f"this RegimeCycler drives nothing: in {DOUBTS} updates in a row the weights of its model, or of a "
+                "copy, changed, and no forward pass in train mode reached its gate. Another tool has dropped the gate "
+                "(as torch.fx's prepare_qat_fx does), or the model trains in eval mode, or through a copy. Wrap the "
+                "model that trains, after such tools, and make a new RegimeCycler of it; one of a copy.deepcopy drives "
+                "that: RegimeCycler(copy)."
             )
 
     def after(
@@ -189,5 +190,8 @@ def _versions(gate: TopKGate) -> int:
 
 
 def _parameters(gate: TopKGate) -> Iterator[Tensor]:
-    root = gate._root() if gate._root is not None else None
-    return iter(()) if root is None else root.parameters()
+    """Yield what trains if the model does, or a copy of it that no cycler drives."""
+    for each in (gate, *gate.copies):
+        root = each.root
+        if root is not None and (each is gate or each.driver is None):
+            yield from root.parameters()

@@ -125,6 +125,17 @@ def test_a_gate_that_another_tool_dropped_is_noticed():
             train(model, cycler, 40, trained=dropped)
 
 
+def test_a_copy_that_trains_in_the_place_of_its_model_is_noticed():
+    model = wrap(bare())
+    cycler = RegimeCycler(model)
+    twin = copy.deepcopy(model)
+
+    with pytest.raises(WrapError, match=r"of a copy, changed, .* drives that: RegimeCycler\(copy\)"):
+        train(model, cycler, 40, trained=twin)
+    train(model, cycler, 40)
+    train(twin, RegimeCycler(twin), 40)
+
+
 def test_a_model_that_trains_in_eval_mode_is_noticed():
     model = wrap(bare()).eval()
 
