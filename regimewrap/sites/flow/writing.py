@@ -37,36 +37,8 @@ UNARY: dict[type, Any] = {
 PLAIN = (bool, int, float, str, bytes, type(None), range, slice)
 CONTAINERS = (list, tuple, dict, set)
 SAFE = {
-    len,
-    range,
-    enumerate,
-    zip,
-    reversed,
-    list,
-    tuple,
-    dict,
-    set,
-    int,
-    float,
-    bool,
-    str,
-    min,
-    max,
-    sum,
-    abs,
-    sorted,
-    any,
-    all,
-    iter,
-    next,
-    round,
-    divmod,
-    isinstance,
-    map,
-    filter,
-    getattr,
-    hasattr,
-    callable,
+    *(len, range, enumerate, zip, reversed, list, tuple, dict, set, int, float, bool, str, min, max, sum, abs),
+    *(sorted, any, all, iter, next, round, divmod, isinstance, map, filter, getattr, hasattr, callable),
 }
 #: How deep functions are followed into each other, how many expressions are read, how often a loop is unrolled.
 DEPTH, STEPS, TURNS = 12, 30_000, 64
