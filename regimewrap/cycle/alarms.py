@@ -48,6 +48,7 @@ class Alarms:
         self._below = False  # whether the ratio has ever been below 1
         self._passed = False  # whether a forward pass has ever reached the gate
         self._has_cut = False
+        self._reached = 0  # calls of the gate when last looked at
         self._missed, self._weights, self._blocks = 0, 0, 0
         self._told: set[str] = set()
 
@@ -60,6 +61,7 @@ class Alarms:
         self.looking = False
         sample, before = gate.take_sample(), self._blocks
         if sample.calls:
+            self._reached = sample.calls
             self._passed, self._missed, self.bound = True, 0, sample.bound
             self._has_cut = self._has_cut or sample.bound > 0
             self._next = updates + min(max(updates, 1), PATIENCE)
@@ -79,10 +81,11 @@ class Alarms:
         if self._missed > DOUBTS:
             self._missed = 0
             raise WrapError(
-                f"this RegimeCycler drives nothing: in {DOUBTS} updates in a row the model's weights changed, and no "
-                "forward pass in train mode reached its gate. Another tool has dropped the gate (as torch.fx's "
-                "prepare_qat_fx does), or the model trains in eval mode, or through a copy. Wrap the model that "
-                "trains, after such tools, and make a new RegimeCycler of it."
+                f"this RegimeCycler drives nothing: in {DOUBTS} updates in a row the weights of its model, or of a "
+                "copy, changed, and no forward pass in train mode reached its gate. Another tool has dropped the gate "
+                "(as torch.fx's prepare_qat_fx does), or the model trains in eval mode, or through a copy. Wrap the "
+                "model that trains, after such tools, and make a new RegimeCycler of it; one of a copy.deepcopy drives "
+                "that: RegimeCycler(copy)."
             )
 
     def after(
@@ -108,7 +111,8 @@ class Alarms:
         self.quiet_until = min(length + 1, NEVER if blind else self._next if self._has_cut else 0)
         if updates > length:
             self.quiet_until = NEVER if blind else self._next
-        return [self._too_long(updates, length), self._never_bound(gate, updates, policy, total_steps)]
+        never = self._never_bound(gate, updates, policy, total_steps)
+        return [self._too_long(updates, length), never, self._rebuilt(gate)]
 
     def _never_bound(self, gate: TopKGate, updates: int, policy: CyclePolicy, total_steps: int | None) -> str | None:
         """Return what to say, once, if no gate has cut anything in a tenth of the run."""
@@ -123,6 +127,18 @@ class Alarms:
             "share of units that are active, about one half after a ReLU. If the policy's numbers belong to a longer "
             'run, scale them: RegimeCycler(model, "sawtooth", total_steps=N). If it resets at once each time, the '
             "signal is noisy: raise cycle.smoothing or the tolerance. The preset mixed needs none and binds at once."
+        )
+
+    def _rebuilt(self, gate: TopKGate) -> str | None:
+        """Return what to say, once, if a model was made of the wrapped one's parts that lacks some of its gates."""
+        gone = gate._root is not None and gate.root is None
+        if not gone or not 0 < self._reached < len(gate.sites) or "rebuilt" in self._told:
+            return None
+        self._told.add("rebuilt")
+        return (
+            f"the wrapped model is gone, and what trains passes {self._reached} of its {len(gate.sites)} gates. "
+            "Another tool has made a model of its parts and dropped the other gates, as torch.fx's prepare_qat_fx does "
+            "where it fuses a ReLU; regimewrap.verify(model, x) names them. Wrap what such tools return instead."
         )
 
     def stuck(self, floor: float | None, keep_ratio: float, held: int, way_down: int) -> str | None:
@@ -195,5 +211,8 @@ def _versions(gate: TopKGate) -> int:
 
 
 def _parameters(gate: TopKGate) -> Iterator[Tensor]:
-    root = gate._root() if gate._root is not None else None
-    return iter(()) if root is None else root.parameters()
+    """Yield what trains if the model does, or a copy of it that no cycler drives."""
+    for each in (gate, *gate.copies):
+        root = each.root
+        if root is not None and (each is gate or each.driver is None):
+            yield from root.parameters()

@@ -62,6 +62,7 @@ class TopKGate:
         observers: called at each site of each forward pass; empty unless somebody watches.
         released: whether ``unwrap`` took the gate off its model.
         driver: the ``RegimeCycler`` that drives the gate, as a weak reference; ``None`` without one.
+        copies: the gates of deep copies of its model, as far as they live.
     """
 
     def __init__(self, policy: PolicyLike | None = None) -> None:
@@ -73,6 +74,7 @@ class TopKGate:
         self.observers: list[Observer] = []
         self.released = False
         self.driver: weakref.ref[Any] | None = None
+        self.copies: weakref.WeakSet[TopKGate] = weakref.WeakSet()
         self._root: weakref.ref[nn.Module] | None = None
         self._recorder: Recorder | None = None
         # False while somebody only looks: what runs meanwhile is no part of a step.
@@ -332,6 +334,7 @@ class TopKGate:
         twin = self._twin(memo)
         if root is not None:
             twin.anchor(memo[id(root)])
+        self.copies.add(twin)
         return twin
 
     def _twin(self, memo: dict[int, Any]) -> TopKGate:
@@ -342,13 +345,16 @@ class TopKGate:
         twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
         twin.network = copy.deepcopy(self.network, memo)
         twin.observers, twin.driver, twin._root, twin._told = [], None, None, Told()
+        twin.copies = weakref.WeakSet()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._twin({}).__dict__
+        state = self._twin({}).__dict__
+        del state["copies"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, copies=weakref.WeakSet())
         self.keep_ratio, self.dense_rows = self._budget.keep_ratio, self._budget.dense_rows
         if self.network is not None:
             self.network.keep_ratio = self.keep_ratio

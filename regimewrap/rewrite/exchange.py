@@ -113,13 +113,19 @@ class _Exchange:
 
     def admit(self, user: object, part: Part) -> Copies:
         """Let the function do this too while ``user`` lives; return the copies of plain functions that takes."""
+        # First, as other users may be collected at any moment, and the last one puts the old code back.
+        reference = weakref.ref(user, self._let_go)
+        self._users.add(reference)
         function = part.find()
-        for each in part.copies:
-            if each not in self._copies:
-                self._copies[each] = copies_of(part.home, (each,))
-        edits = self._edits | part.edits
-        code = part.build(edits) if edits != self._edits else None
-        self._users.add(weakref.ref(user, self._let_go))
+        try:
+            for each in part.copies:
+                if each not in self._copies:
+                    self._copies[each] = copies_of(part.home, (each,))
+            edits = self._edits | part.edits
+            code = part.build(edits) if edits != self._edits else None
+        except BaseException:
+            self._let_go(reference)
+            raise
         EXCHANGED[function] = self
         # Where there are no sites this is found by an ordinary look at the class: a miss takes microseconds.
         setattr(nn.Module, SITES_ATTRIBUTE, None)
@@ -136,7 +142,7 @@ class _Exchange:
             self._users.discard(reference)
             function = self._function()
             if not self._users and function is not None and EXCHANGED.get(function) is self:
-                function.__code__ = self.original
+                self._edits, function.__code__ = Edits(), self.original
                 del EXCHANGED[function]
             if not EXCHANGED and SITES_ATTRIBUTE in vars(nn.Module):
                 delattr(nn.Module, SITES_ATTRIBUTE)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 
 from regimewrap.gate.gate import SITES_ATTRIBUTE
 from regimewrap.sites.read.calls import in_place_target
-from regimewrap.sites.read.code import Scope, Span, body_of, code_of, parse, span_of
+from regimewrap.sites.read.code import Scope, Span, assigned, body_of, code_of, names_in, parse, span_of
 
 _FUTURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -82,24 +82,28 @@ def rewritten(function: types.FunctionType, owner: str, home: str, edits: Edits)
         NotRewritableError: the source is not what runs, or it cannot be dealt with.
     """
     tree = _tree(function, owner)
-    if "locals" in code_of(function).co_names:
-        raise NotRewritableError("it asks for locals(), which would show two more")
-    body = _edited(tree, home, edits).body
     first = tree.args.posonlyargs + tree.args.args
     itself = first[0].arg if first else f"{tree.args.vararg.arg}[0]" if tree.args.vararg is not None else None
     if itself is None:
         raise NotRewritableError("it has no argument for the object")
+    # torch.compile does not guard what is read from self.__dict__ and not there.
+    sites, prologue = f"getattr({itself}, {SITES_ATTRIBUTE!r}, None)", f"if {_SITES} is None: return"
+    if _shows_locals(function):  # new code must do without names of its own
+        if not first or itself in assigned(function):
+            raise NotRewritableError("it asks for locals(), which would show two more")
+        body = _edited(tree, home, edits, f"{itself}.{SITES_ATTRIBUTE}", itself).body
+        prologue = prologue.replace(_SITES, sites)
+    else:
+        body = _edited(tree, home, edits).body
+        prologue = f"{_SITES}, {_SELF} = {sites}, {itself}\n{prologue}"
     documented = ast.get_docstring(tree, clean=False) is not None
-    prologue = ast.parse(
-        # torch.compile does not guard what is read from self.__dict__ and not there.
-        f"{_SITES}, {_SELF} = getattr({itself}, {SITES_ATTRIBUTE!r}, None), {itself}\nif {_SITES} is None: return"
-    ).body
-    for node in prologue:
+    before = ast.parse(prologue).body
+    for node in before:
         for each in ast.walk(node):
             ast.copy_location(each, tree)
     own, new = copy.deepcopy(tree), copy.deepcopy(tree)
-    prologue[1].body[:0] = own.body[documented:]  # type: ignore[attr-defined]
-    new.body = [*own.body[:documented], *prologue, *(_Undeclared().visit(each) for each in body[documented:])]
+    before[-1].body[:0] = own.body[documented:]  # type: ignore[attr-defined]
+    new.body = [*own.body[:documented], *before, *(_Undeclared().visit(each) for each in body[documented:])]
     code = _compile(new, function, owner)
     if code.co_freevars != code_of(function).co_freevars:
         raise NotRewritableError("its free variables would be others")
@@ -113,6 +117,8 @@ def copied(function: types.FunctionType, home: str, edits: Edits) -> types.Funct
         NotRewritableError: as ``rewritten``; or a decorator cannot be dealt with.
     """
     body = body_of(function)
+    if _shows_locals(body):
+        raise NotRewritableError("it asks for locals(), which would show two more")
     edited = _edited(_tree(body, ""), home, edits)
     _require_passing_on(function)
     names = [ast.copy_location(ast.arg(name), edited) for name in (_SITES, _SELF)]
@@ -133,8 +139,15 @@ def _tree(function: types.FunctionType, owner: str) -> ast.FunctionDef:
     return tree
 
 
-def _edited(tree: ast.FunctionDef, home: str, edits: Edits) -> ast.FunctionDef:
-    rewriter = _Rewriter(home, edits)
+def _shows_locals(function: types.FunctionType) -> bool:
+    return not names_in(code_of(function)).isdisjoint(("locals", "vars", "dir"))
+
+
+def _edited(
+    tree: ast.FunctionDef, home: str, edits: Edits, sites: str = _SITES, itself: str = _SELF
+) -> ast.FunctionDef:
+    """Return a tree with calls of gates; ``sites`` and ``itself`` are what the code calls these there."""
+    rewriter = _Rewriter(home, edits, sites, itself)
     edited: ast.FunctionDef = rewriter.visit(copy.deepcopy(tree))
     if rewriter.done != edits.gated | edits.kept | edits.copied:
         raise NotRewritableError("its source has changed since the plan was made")
@@ -142,44 +155,47 @@ def _edited(tree: ast.FunctionDef, home: str, edits: Edits) -> ast.FunctionDef:
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, home: str, edits: Edits) -> None:
+    def __init__(self, home: str, edits: Edits, sites: str, itself: str) -> None:
         self.done: set[Span] = set()
-        self._home = home
-        self._edits = edits
+        self._home, self._edits = home, edits
+        self._sites, self._itself = sites, itself
 
     def _call(self, method: str, at: ast.expr, arguments: list[ast.expr], keywords: list[ast.keyword] = []) -> ast.Call:  # noqa: B006  read only
-        """Return ``_regimewrap.method(_regimewrap_self, key, *arguments)``, at the place of a node."""
-        self.done.add(span_of(at))
-        key = ast.Constant(key_of(self._home, span_of(at)))
-        callee = ast.Attribute(ast.Name(_SITES, ast.Load()), method, ast.Load())
-        call = ast.Call(callee, [ast.Name(_SELF, ast.Load()), key, *arguments], keywords)
+        """Return ``_regimewrap.method(_regimewrap_self, *arguments)``, at the place of a node."""
+        call: ast.Call = ast.parse(f"{self._sites}.{method}({self._itself})", mode="eval").body  # type: ignore[assignment]
+        call.args += arguments
+        call.keywords = keywords
+        for each in ast.walk(call.func):
+            ast.copy_location(each, at)
         return ast.fix_missing_locations(ast.copy_location(call, at))
+
+    def _keyed(self, method: str, at: ast.expr, *arguments: ast.expr, keywords: list[ast.keyword] = []) -> ast.Call:  # noqa: B006  read only
+        self.done.add(span_of(at))
+        return self._call(method, at, [ast.Constant(key_of(self._home, span_of(at))), *arguments], keywords)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         span = span_of(node)
         self.generic_visit(node)
         if span in self._edits.copied:
-            node.func = self._call("copy", node, [node.func])
+            node.func = self._keyed("copy", node, node.func)
         if span not in self._edits.gated:
             return node
         if span not in self._edits.relus:
-            return self._call("at", node, [node])
+            return self._keyed("at", node, node)
         # F.relu(x, inplace=False), or x.relu()
         of_tensor = not node.args and isinstance(node.func, ast.Attribute)
         arguments = [ast.Constant("relu"), node.func.value] if of_tensor else [node.func, *node.args]  # type: ignore[attr-defined]
-        return self._call("relu", node, arguments, node.keywords)
+        return self._keyed("relu", node, *arguments, keywords=node.keywords)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
-        return self._call("at", node, [node]) if span_of(node) in self._edits.gated else node
+        return self._keyed("at", node, node) if span_of(node) in self._edits.gated else node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
         if node.attr not in self._edits.idle or not isinstance(node.ctx, ast.Load):
             return node
-        callee = ast.Attribute(ast.Name(_SITES, ast.Load()), "while_idle", ast.Load())
-        call = ast.Call(callee, [ast.Name(_SELF, ast.Load()), node], [])
-        return ast.fix_missing_locations(ast.copy_location(call, node))
+        return self._call("while_idle", node, [node])
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         span = span_of(node.value)

@@ -17,129 +17,69 @@ from torch import fx, nn
 
 from regimewrap import torch_private
 
-MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu",
-    nn.LeakyReLU: "relu",
-    nn.RReLU: "relu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Mish: "mish",
-    nn.ELU: "elu",
-    nn.SELU: "elu",
-    nn.CELU: "elu",
-    nn.PReLU: "prelu",
-    nn.Sigmoid: "sigmoid",
-    nn.Hardsigmoid: "sigmoid",
-    nn.LogSigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.Hardtanh: "tanh",
-    nn.Softmax: "softmax",
-    nn.Softmax2d: "softmax",
-    nn.LogSoftmax: "softmax",
-    nn.Softmin: "softmax",
-    nn.Softplus: "softplus",
-    nn.GLU: "glu",
+_MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "relu": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU),
+    "gelu": (nn.GELU,),
+    "silu": (nn.SiLU,),
+    "hardswish": (nn.Hardswish,),
+    "mish": (nn.Mish,),
+    "elu": (nn.ELU, nn.SELU, nn.CELU),
+    "prelu": (nn.PReLU,),
+    "sigmoid": (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid),
+    "tanh": (nn.Tanh, nn.Hardtanh),
+    "softmax": (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin),
+    "softplus": (nn.Softplus,),
+    "glu": (nn.GLU,),
 }
+MODULES: dict[type[nn.Module], str] = {cls: kind for kind, classes in _MODULES.items() for cls in classes}
 
-FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu6: "relu",
-    F.leaky_relu: "relu",
-    F.leaky_relu_: "relu",
-    F.rrelu: "relu",
-    F.rrelu_: "relu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-    F.hardswish: "hardswish",
-    F.mish: "mish",
-    F.elu: "elu",
-    F.elu_: "elu",
-    F.selu: "elu",
-    F.selu_: "elu",
-    torch.selu: "elu",
-    torch.selu_: "elu",
-    F.celu: "elu",
-    F.celu_: "elu",
-    torch.celu: "elu",
-    torch.celu_: "elu",
-    torch.rrelu: "relu",
-    torch.rrelu_: "relu",
-    F.prelu: "prelu",
-    torch.prelu: "prelu",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.hardsigmoid: "sigmoid",
-    F.logsigmoid: "sigmoid",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-    F.hardtanh: "tanh",
-    F.softmax: "softmax",
-    torch.softmax: "softmax",
-    F.log_softmax: "softmax",
-    torch.log_softmax: "softmax",
-    F.softplus: "softplus",
-    F.glu: "glu",
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "relu": (
+        *(F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.rrelu, F.rrelu_),
+        *(torch.rrelu, torch.rrelu_),
+    ),
+    "gelu": (F.gelu,),
+    "silu": (F.silu,),
+    "hardswish": (F.hardswish,),
+    "mish": (F.mish,),
+    "elu": (F.elu, F.elu_, F.selu, F.selu_, torch.selu, torch.selu_, F.celu, F.celu_, torch.celu, torch.celu_),
+    "prelu": (F.prelu, torch.prelu),
+    "sigmoid": (F.sigmoid, torch.sigmoid, F.hardsigmoid, F.logsigmoid),
+    "tanh": (F.tanh, torch.tanh, F.hardtanh),
+    "softmax": (F.softmax, torch.softmax, F.log_softmax, torch.log_softmax),
+    "softplus": (F.softplus,),
+    "glu": (F.glu,),
 }
+FUNCTIONS: dict[Any, str] = {function: kind for kind, functions in _FUNCTIONS.items() for function in functions}
 
-TENSOR_METHODS: dict[str, str] = {
-    "relu": "relu",
-    "relu_": "relu",
-    "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
-    "tanh": "tanh",
-    "tanh_": "tanh",
-    "softmax": "softmax",
-    "log_softmax": "softmax",
+_METHODS = {
+    "relu": "relu relu_",
+    "sigmoid": "sigmoid sigmoid_",
+    "tanh": "tanh tanh_",
+    "softmax": "softmax log_softmax",
 }
+TENSOR_METHODS: dict[str, str] = {name: kind for kind, names in _METHODS.items() for name in names.split()}
 
 # Names that other libraries and users give to the same families, in lower case without underscores.
-NAMES: dict[str, str] = {
-    "relu": "relu",
-    "relu6": "relu",
-    "leakyrelu": "relu",
-    "relu2": "relu",
-    "squaredrelu": "relu",
-    "relusquared": "relu",
-    "gelu": "gelu",
-    "gelunew": "gelu",
-    "newgelu": "gelu",
-    "fastgelu": "gelu",
-    "gelufast": "gelu",
-    "quickgelu": "gelu",
-    "geluquick": "gelu",
-    "gelutanh": "gelu",
-    "gelupytorchtanh": "gelu",
-    "clippedgelu": "gelu",
-    "bloomgelu": "gelu",
-    "accurategelu": "gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "hardswish": "hardswish",
-    "hswish": "hardswish",
-    "mish": "mish",
-    "hardmish": "mish",
-    "elu": "elu",
-    "selu": "elu",
-    "celu": "elu",
-    "xielu": "elu",
+_NAMES = {
+    "relu": "relu relu6 leakyrelu relu2 squaredrelu relusquared",
+    "gelu": (
+        "gelu gelunew newgelu fastgelu gelufast quickgelu geluquick gelutanh gelupytorchtanh clippedgelu "
+        "bloomgelu accurategelu"
+    ),
+    "silu": "silu swish",
+    "hardswish": "hardswish hswish",
+    "mish": "mish hardmish",
+    "elu": "elu selu celu xielu",
     "prelu": "prelu",
-    "sigmoid": "sigmoid",
-    "hardsigmoid": "sigmoid",
-    "hsigmoid": "sigmoid",
-    "tanh": "tanh",
-    "hardtanh": "tanh",
-    "softmax": "softmax",
-    "logsoftmax": "softmax",
-    "logsigmoid": "sigmoid",
+    "sigmoid": "sigmoid hardsigmoid hsigmoid logsigmoid",
+    "tanh": "tanh hardtanh",
+    "softmax": "softmax logsoftmax",
     "softplus": "softplus",
     "glu": "glu",
     "laplace": "laplace",
 }
+NAMES: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 # Normalisation layers with the activation inside (timm's): their output is the activation's. None: see ``act_name``.
 NORM_AND_ACTIVATION: dict[str, str | None] = {
@@ -171,6 +111,8 @@ def kind_of_module(module: nn.Module) -> str | None:
             return MODULES[cls]
     if type(module).__name__ in NORM_AND_ACTIVATION:
         return _kind_after_norm(module)
+    if _ends_in_relu(type(module)) and ".qat" in type(module).__module__:
+        return "relu"  # a layer with its ReLU and fake quantization, all in floating point
     if next(module.children(), None) is not None:
         return None
     kind = kind_of_name(type(module).__name__)
@@ -203,9 +145,13 @@ def fused_activation(module: nn.Module) -> str | None:
         return "relu" if module.nonlinearity == "relu" else "tanh"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "tanh"
-    cls = type(module)
-    quantizes = cls.__module__.startswith("torch.") and re.search(r"\.quantized|\.qat", cls.__module__)
-    return "relu" if quantizes and "ReLU" in cls.__name__ and not isinstance(module, nn.ReLU) else None
+    quantized = ".quantized" in type(module).__module__ and not isinstance(module, nn.ReLU)
+    return "relu" if quantized and _ends_in_relu(type(module)) else None
+
+
+def _ends_in_relu(cls: type) -> bool:
+    """Say whether a class of torch's quantization computes a ReLU last."""
+    return cls.__module__.startswith("torch.") and "ReLU" in cls.__name__
 
 
 def kind_of_callee(value: Any) -> str | None:

@@ -157,13 +157,16 @@ def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple
     """Find, by the id of an activation module, the places that drop its in-place result, and those beyond help."""
     places: dict[int, list[tuple[Method, Span]]] = defaultdict(list)
     lost: dict[int, str] = {}
+    # Any other call of which the result is dropped is without effect, gated or not; reading all code takes its time.
+    if not any(getattr(module, "inplace", False) for _, module in modules):
+        return places, lost
     for path, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for owner, name, function in own_methods(module):
             for node, callee in find_dropped(function, module):
                 if not getattr(callee, "inplace", False):
-                    continue  # without effect, gated or not
+                    continue
                 if in_place_target(node) is None:
                     lost[id(callee)] = f"{name} drops its result, line {node.lineno} of it; assign the result"
                 places[id(callee)].append((Method(path, owner, name), span_of(node)))

@@ -7,7 +7,7 @@ memory of its keep ratio, which every call gets.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,34 +31,28 @@ class GateSample(NamedTuple):
 #: is empty, and do nothing more if it is.
 ON: dict[int, list[Tensor]] = {}
 _PAUSED: dict[int, list[Tensor]] = {}
-#: What ends the notes on a keep ratio that dies first: another tensor may then have its address.
-_ENDS: dict[int, weakref.finalize[Any, Tensor]] = {}
+#: Ends what a gate began that is gone: another one may have its keep ratio in the same memory next.
+_OWNERS: dict[int, weakref.ref[Tensor]] = {}
 
 
 def begin(keep_ratio: Tensor) -> None:
-    """Note the calls with this keep ratio and with dense rows from now on, until ``end`` or as long as it lives."""
+    """Note the calls with this keep ratio and with dense rows from now on."""
     address = keep_ratio.data_ptr()
-    _forget(address)
+    _OWNERS[address] = weakref.ref(keep_ratio, lambda _: _drop(address))
     ON[address] = []
-    _ENDS[address] = weakref.finalize(keep_ratio, _forget, address)
-    _ENDS[address].atexit = False
+
+
+def _drop(address: int) -> list[Tensor]:
+    _OWNERS.pop(address, None)
+    paused = _PAUSED.pop(address, [])
+    return ON.pop(address, paused)
 
 
 def end(keep_ratio: Tensor) -> GateSample:
     """Return what was noted, and note no more; waits for the devices that the calls were on."""
-    resume(keep_ratio)
-    seen = ON.get(keep_ratio.data_ptr(), [])
-    _forget(keep_ratio.data_ptr())
+    seen = _drop(keep_ratio.data_ptr())
     bound = sum(bool(each) for each in seen)
     return GateSample(len(seen), bound / len(seen) if seen else 0.0)
-
-
-def _forget(address: int) -> None:
-    ON.pop(address, None)
-    _PAUSED.pop(address, None)
-    ending = _ENDS.pop(address, None)
-    if ending is not None:
-        ending.detach()
 
 
 def pause(keep_ratio: Tensor) -> None:
@@ -88,5 +82,5 @@ def note(x: Tensor, y: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None, sc
     seen = ON.get(keep_ratio.data_ptr())
     if seen is None or dense_rows is None or torch_private.in_backward():  # what is recomputed was noted before
         return
-    before = torch.relu(x) if score == "positive" else x
+    before = torch.ops.aten.relu(x) if score == "positive" else x
     seen.append(torch.count_nonzero(before) != torch.count_nonzero(y))

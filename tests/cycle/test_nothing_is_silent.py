@@ -127,6 +127,31 @@ def test_a_gate_that_another_tool_dropped_is_noticed():
             train(model, cycler, 40, trained=dropped)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.ao", "ignore:.*quantiz", "ignore:Please use quant_min")
+def test_some_gates_that_another_tool_dropped_are_noticed():
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    model = wrap(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 2)))
+    cycler = RegimeCycler(model)
+    model = prepare_qat_fx(model.train(), get_default_qat_qconfig_mapping(), (torch.randn(4, 8),))
+    gc.collect()
+
+    with pytest.warns(RuntimeWarning, match="what trains passes 1 of its 2 gates"):
+        train(model, cycler, 40)
+
+
+def test_a_copy_that_trains_in_the_place_of_its_model_is_noticed():
+    model = wrap(bare())
+    cycler = RegimeCycler(model)
+    twin = copy.deepcopy(model)
+
+    with pytest.raises(WrapError, match=r"of a copy, changed, .* drives that: RegimeCycler\(copy\)"):
+        train(model, cycler, 40, trained=twin)
+    train(model, cycler, 40)
+    train(twin, RegimeCycler(twin), 40)
+
+
 def test_a_model_that_trains_in_eval_mode_is_noticed():
     model = wrap(bare()).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -247,6 +248,18 @@ def test_a_sample_counts_calls_that_could_cut_in_train_mode_outside_of_blocks(sc
     model(x)
     assert gate.take_sample() == GateSample(0, 0.0)
     assert gate.keep_ratio.data_ptr() not in sampling.ON
+
+
+def test_a_sample_ends_with_its_gate_and_is_of_no_other_one():
+    sampled, other = network(), network()
+    gate_of(sampled).sample_next()
+    with at_keep_ratio(other, 0.5), at_keep_ratio(sampled, 0.5):
+        pass
+    addresses = [gate_of(each).keep_ratio.data_ptr() for each in (sampled, other)]
+    assert [address in sampling.ON for address in addresses] == [True, False]
+    del sampled
+    gc.collect()
+    assert addresses[0] not in sampling.ON
 
 
 def test_a_gate_that_cuts_nothing_is_found_not_to_bind():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from regimewrap import RegimePolicy, SitePolicy, unwrap, verify, watch, wrap
+from regimewrap import RegimePolicy, SitePolicy, gate_of, unwrap, verify, watch, wrap
 from regimewrap.errors import UnreachableSiteError
 
 
@@ -114,6 +114,24 @@ def test_a_module_that_fuses_its_activation_is_named():
     coverage = verify(model, torch.randn(2, 4))
     assert coverage.escaped == ("1",)
     assert "LinearReLU computes it inside torch; put a plain module in its place" in str(coverage)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao", "ignore:.*quantiz", "ignore:Please use quant_min")
+def test_a_layer_that_is_trained_for_quantization_together_with_its_relu_is_gated():
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)),
+        torch.randn(4, 8),
+    )
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    torch.ao.quantization.fuse_modules_qat(model.train(), [["0", "1"]], inplace=True)
+    torch.ao.quantization.prepare_qat(model, inplace=True)(x)
+    model.apply(torch.ao.quantization.disable_observer)
+    dense = model(x)
+    assert torch.equal(wrap(model, example_inputs=x)(x), dense)
+    gate_of(model).set_keep_ratio(0.25)
+    assert verify(model, x).gated == ("0", "3")
+    assert ((model[0](x) != 0).sum(1) <= 4).all()
+    assert torch.equal(unwrap(model)(x), dense)
 
 
 def test_a_replaced_activation_is_told_from_one_that_was_added():

@@ -45,7 +45,9 @@ def make_experiment() -> MakeExperiment:
             settings={"epochs": 3, "lr": 0.05, "widths": [16, 32]},
             versions={"regimewrap": "0.1.0", "torch": "2.14.1"},
             device="CPU, 2 cores",
-            arms=[Arm(name=arm, about=ABOUT.get(arm, "An arm."), policy=_policy(arm)) for arm in figures],
+            arms=[
+                Arm(name=arm, about=ABOUT.get(arm, "An arm.") + " Of <ours>.", policy=_policy(arm)) for arm in figures
+            ],
             runs=[
                 Run(
                     arm=arm,

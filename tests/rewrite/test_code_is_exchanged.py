@@ -19,6 +19,7 @@ from torch import nn
 
 from regimewrap import RegimePolicy, at_keep_ratio, gate_of, plan, unwrap, verify, wrap
 from regimewrap.errors import WrapError
+from regimewrap.rewrite import exchange
 from regimewrap.sites.read.code import EXCHANGED
 from regimewrap.topk.op import topk_gate
 
@@ -230,6 +231,24 @@ def test_copies_and_files_keep_their_gates_when_the_original_has_gone(make, x):
         assert torch.equal(unwrap(each)(x), dense)
 
 
+def test_a_model_that_is_collected_while_another_is_wrapped_takes_no_code_away(monkeypatch):
+    models, x = [wrap(Block())], torch.randn(4, 8)
+
+    class CollectedMeanwhile(type(EXCHANGED)):
+        def get(self, function):
+            found = super().get(function)
+            models.clear()
+            gc.collect()
+            return found
+
+    ours = CollectedMeanwhile()
+    ours.data = EXCHANGED.data
+    monkeypatch.setattr(exchange, "EXCHANGED", ours)
+    model = wrap(Block())
+    assert not models
+    assert verify(model, x).gated == ("forward.gelu",)
+
+
 def test_the_functions_own_code_comes_back_with_the_last_of_its_users(x):
     class Own(Base):
         def forward(self, x):
@@ -331,7 +350,9 @@ def test_blocks_compiled_one_by_one_share_their_graphs(act, x):
     counts = []
     for model in (bare(lambda: nn.Sequential(*[Residual() for _ in range(10)])) for _ in range(2)):
         torch.compiler.reset()
-        counter = torch._dynamo.testing.CompileCounter()
+        from torch._dynamo.testing import CompileCounter
+
+        counter = CompileCounter()
         if counts:
             wrap(model)
             gate_of(model).set_keep_ratio(RATIO)
@@ -531,13 +552,30 @@ def test_a_shallow_copy_of_a_relu_has_the_mode_of_its_own(x):
     assert not torch.equal(model[1](x), F.relu(x))
 
 
-def test_a_function_that_asks_for_its_locals_is_named():
+class AsksForLocals(Base):
+    def forward(self, x, scale=1.0):
+        h = F.gelu(self.a(x)) * scale
+        self.seen = sorted(locals()), sorted(vars()), dir()
+        return self.b(next(F.relu(each) for each in [h]))
+
+
+def test_a_function_that_asks_for_its_locals_finds_its_own_only(x):
+    model = AsksForLocals()
+    model(x)
+    bare = model.seen
+    wrap(model, example_inputs=x)
+    assert verify(model, x).gated == ("forward.gelu", "forward.relu")
+    assert model.seen == bare
+
+
+def test_a_function_that_asks_for_its_locals_after_losing_its_module_is_named():
     class Asks(Base):
         def forward(self, x):
+            self = self.eval()
             return self.b(F.gelu(self.a(x))) if locals() else x
 
     (row,) = plan(Asks()).rows
-    assert "locals()" in row.why
+    assert "locals(), which would show" in row.why
 
 
 def test_methods_with_type_parameters_are_gated(x):

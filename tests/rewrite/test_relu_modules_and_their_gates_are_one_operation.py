@@ -90,9 +90,12 @@ def test_called_by_its_forward_alone_it_is_gated_too(x):
 
     model = wrapped(Around(*bare()))
     assert torch.equal(model(x), by_hand(model, x))
-    coverage = verify(model, x)
-    assert coverage.gated == ("1",)
-    assert not coverage.escaped
+    for sampled in (False, True):  # a sample runs a ReLU of its own beside the gate
+        if sampled:
+            gate_of(model).sample_next()
+        coverage = verify(model, x)
+        assert coverage.gated == ("1",)
+        assert not coverage.escaped
     assert torch.equal(unwrap(model)(x), bare()(x))
 
 

@@ -96,6 +96,23 @@ def test_attention_scores_are_left_alone_behind_a_mask_too(how):
     assert selected(Scores(how)) == {"act": False, "hidden": True, **dict.fromkeys(["forward.softmax"], False)}
 
 
+def softmax(scores, index):
+    scores = (scores - scores.max()).exp()
+    return scores / scores.new_zeros(int(index.max()) + 1).index_add(0, index, scores)[index]
+
+
+class OverEdges(Scores):
+    def forward(self, x, edges):
+        x = self.hidden(self.mix(x))
+        pairs = x[edges].transpose(0, 1).flatten(1)
+        weights = softmax(self.act(self.score(pairs))[:, 0], edges[1])
+        return self.out(torch.zeros_like(x).index_add(0, edges[1], weights[:, None] * x[edges[0]]))
+
+
+def test_attention_scores_are_left_alone_in_front_of_a_softmax_of_the_users_own():
+    assert selected(OverEdges("plain")) == {"act": False, "hidden": True, "forward.softmax": False}
+
+
 class Rearrange(nn.Module):
     """As einops' layer."""
 

@@ -166,18 +166,21 @@ def test_a_whole_model_goes_to_a_file_and_back(make):
         assert torch.equal(loaded(x), model(x))
 
 
-def test_user_hooks_see_the_gated_output_and_stay_removable():
+@pytest.mark.parametrize("name", ["1", "2.1"])
+def test_user_hooks_see_the_gated_output_and_stay_removable(name):
     model, seen = mlp(), []
-    handle = model[1].register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: ARG005
+    activation = model.get_submodule(name)
+    handle = activation.register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: ARG005
     wrap(model)
-    later = model[1].register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: ARG005
+    later = activation.register_forward_hook(lambda module, args, output: seen.append(output))  # noqa: ARG005
     with at_keep_ratio(model, 0.1):
         model(batch(mlp))
+    assert len(seen) == 2
     assert all((output != 0).sum() <= 4 for output in seen)
     handle.remove()
     later.remove()
     unwrap(model)
-    assert not model[1]._forward_hooks
+    assert not activation._forward_hooks
 
 
 def test_one_activation_called_often_is_one_hook_and_many_gates():

@@ -16,6 +16,7 @@ from regimewrap.sites.flow.writing import (
     BINARY,
     COMPARE,
     CONTAINERS,
+    KNOWN,
     PLAIN,
     STEPS,
     TURNS,
@@ -26,10 +27,11 @@ from regimewrap.sites.flow.writing import (
     Super,
     TooLongError,
     Writer,
+    attempt,
     either,
     unknown,
 )
-from regimewrap.sites.read.code import UNKNOWN, attribute_of, code_of, span_of, stored
+from regimewrap.sites.read.code import UNKNOWN, attribute_of, code_of, stored
 
 #: Containers with more entries than this are not read.
 _MOST = 512
@@ -192,41 +194,31 @@ class Expressions(Writer):
             try:
                 return base[key]
             except Exception:  # noqa: BLE001  any of them may be meant
-                return self._either(list(base.values()) if isinstance(base, dict) else list(base)) if base else UNKNOWN
-        if isinstance(base, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            return UNKNOWN
+                return self._either(list(base.values()) if isinstance(base, dict) else list(base))
         return UNKNOWN
 
     def _binary(self, function: Any, left: Any, right: Any) -> Any:
         if isinstance(left, fx.Node) or isinstance(right, fx.Node):
             return self._node("call_function", function, (left, right))
-        if type(left) in (*PLAIN, *CONTAINERS) and type(right) in (*PLAIN, *CONTAINERS):
-            try:
-                return function(left, right)
-            except Exception:  # noqa: BLE001  it would raise there, too
-                return UNKNOWN
-        return UNKNOWN
+        known = type(left) in KNOWN and type(right) in KNOWN
+        return attempt(function, left, right) if known else UNKNOWN
 
     def _of_binop(self, node: ast.BinOp, env: Env) -> Any:
         left, right = self._value(node.left, env), self._value(node.right, env)
-        before = self._frames
-        self._frames = (*before, (env.code, span_of(node)))
-        try:
+        with self._at(node, env):
             return self._binary(BINARY[type(node.op)], left, right)
-        finally:
-            self._frames = before
 
     def _of_unaryop(self, node: ast.UnaryOp, env: Env) -> Any:
         value = self._value(node.operand, env)
         if isinstance(value, fx.Node) and not isinstance(node.op, ast.Not):
             return self._node("call_function", UNARY[type(node.op)], (value,))
-        return UNARY[type(node.op)](value) if type(value) in (*PLAIN, *CONTAINERS) else UNKNOWN
+        return UNARY[type(node.op)](value) if type(value) in KNOWN else UNKNOWN
 
     def _of_boolop(self, node: ast.BoolOp, env: Env) -> Any:
         values: list[Any] = []
         for each in node.values:
             value = self._value(each, env)
-            known = type(value) in (*PLAIN, *CONTAINERS)
+            known = type(value) in KNOWN
             if known and bool(value) == isinstance(node.op, ast.Or):
                 return self._either([*values, value])
             if not known or each is node.values[-1]:
@@ -245,17 +237,14 @@ class Expressions(Writer):
             node.ops[0], ast.Is | ast.IsNot | ast.In
         ):
             return self._node("call_function", COMPARE[type(node.ops[0])], values[:2])
-        if all(type(each) in (*PLAIN, *CONTAINERS) for each in values):
-            try:
-                pairs = zip(node.ops, values, values[1:], strict=False)
-                return all(COMPARE[type(test)](a, b) for test, a, b in pairs)
-            except Exception:  # noqa: BLE001  it would raise there, too
-                return UNKNOWN
-        return UNKNOWN
+        if not all(type(each) in KNOWN for each in values):
+            return UNKNOWN
+        pairs = zip(node.ops, values, values[1:], strict=False)
+        return attempt(all, (COMPARE[type(test)](a, b) for test, a, b in pairs))
 
     def _of_ifexp(self, node: ast.IfExp, env: Env) -> Any:
         test = self._value(node.test, env)
-        if type(test) in (*PLAIN, *CONTAINERS):
+        if type(test) in KNOWN:
             return self._value(node.body if test else node.orelse, env)
         return self._either([self._value(node.body, env), self._value(node.orelse, env)])
 

@@ -28,51 +28,18 @@ SUMS = frozenset(["add", "iadd", "sub", "isub", "add_", "sub_"])
 MATRIX_PRODUCTS = frozenset(["matmul", "imatmul", "bmm", "einsum", "mm"])
 #: What leaves one number of all that there is, where no dimension is named.
 TOTALS = frozenset(["mean", "sum", "norm", "nanmean", "nansum"])
-LOSSES = frozenset(
-    [
-        "mse_loss",
-        "l1_loss",
-        "smooth_l1_loss",
-        "huber_loss",
-        "cross_entropy",
-        "binary_cross_entropy",
-        "nll_loss",
-        "kl_div",
-        "binary_cross_entropy_with_logits",
-        "poisson_nll_loss",
-    ]
-)
-_REDUCTIONS = frozenset(
-    ["mean", "amax", "amin", "max", "std", "var", "std_mean", "var_mean", "nanmean", "median", "logsumexp"]
-)
+_LOSSES = """
+mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy binary_cross_entropy nll_loss kl_div
+binary_cross_entropy_with_logits poisson_nll_loss"""
+_REDUCES = """
+mean amax amin max std var std_mean var_mean nanmean median logsumexp"""
 _WINDOWS = frozenset(["avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"])
-_READS = frozenset(
-    [
-        "shape",
-        "device",
-        "dtype",
-        "ndim",
-        "size",
-        "dim",
-        "numel",
-        "is_cuda",
-        "requires_grad",
-        "__len__",
-        "len",
-        "get_device",
-        "full_like",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "new_tensor",
-    ]
-)
+_SIZES = """
+shape device dtype ndim size dim numel is_cuda requires_grad __len__ len get_device full_like zeros_like
+ones_like empty_like new_zeros new_ones new_full new_empty new_tensor"""
 
-PASSES, KEEPS = frozenset(_PASSES.split()), frozenset(_KEEPS.split())
+PASSES, KEEPS, LOSSES = (frozenset(words.split()) for words in (_PASSES, _KEEPS, _LOSSES))
+_REDUCTIONS, _READS = frozenset(_REDUCES.split()), frozenset(_SIZES.split())
 
 
 def name_of(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from regimewrap.sites.flow.expressions import Expressions
-from regimewrap.sites.flow.writing import CONTAINERS, PLAIN, TURNS, Bound, Env
+from regimewrap.sites.flow.writing import KNOWN, PLAIN, TURNS, Bound, Env
 from regimewrap.sites.read.code import UNKNOWN
 
 
@@ -82,7 +82,7 @@ class Statements(Expressions):
 
     def _if(self, node: ast.If, env: Env) -> bool:
         test = self._value(node.test, env)
-        if type(test) in (*PLAIN, *CONTAINERS):
+        if type(test) in KNOWN:
             return self._block(node.body if test else node.orelse, env)
         return self._branches([node.body, node.orelse], env)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from regimewrap.sites import catalog
 from regimewrap.sites.flow.expressions import own
 from regimewrap.sites.flow.statements import Statements
 from regimewrap.sites.flow.writing import (
@@ -31,9 +32,10 @@ from regimewrap.sites.flow.writing import (
     Super,
     TooLongError,
     Trace,
+    attempt,
     unknown,
 )
-from regimewrap.sites.read.code import UNKNOWN, attribute_of, body_of, code_of, parse, span_of
+from regimewrap.sites.read.code import UNKNOWN, attribute_of, body_of, code_of, parse
 
 
 class Tracer(Statements):
@@ -97,11 +99,7 @@ class Tracer(Statements):
                 env[name] = rest.pop(0)
             elif name in named:
                 env[name] = named.pop(name)
-            elif (
-                entry
-                and not (isinstance(default, int | float | str | tuple) and not isinstance(default, bool))
-                and not (callable(default) and default is not UNKNOWN)
-            ):
+            elif entry and (default is UNKNOWN or isinstance(default, bool) or not _is_setting(default)):
                 env[name] = self._node("placeholder", name)
             elif rest and name in positional:
                 env[name] = self._node("call_function", unknown, (rest[0].value,))
@@ -135,9 +133,7 @@ class Tracer(Statements):
                 kwargs.update(value)
             else:
                 args.append(Star(value))
-        before = self._frames
-        self._frames = (*before, (env.code, span_of(node)))
-        try:
+        with self._at(node, env):
             if isinstance(base, fx.Node):
                 return self._node("call_method", node.func.attr, (base, *args), kwargs)  # type: ignore[attr-defined]
             if callee is builtins.super:
@@ -151,8 +147,6 @@ class Tracer(Statements):
                 called = callee.cls if type(callee) is Made else callee
                 self.trace.callees.setdefault(self._frames[-1], []).append(called)
             return self._apply(callee, args, kwargs)
-        finally:
-            self._frames = before
 
     def _whole(self, callee: Any) -> Any:
         """Return the module for ``module.forward``, which does what calling it does, hooks apart."""
@@ -205,7 +199,8 @@ class Tracer(Statements):
         home, name = function.__module__ or "", function.__name__
         if name in ("checkpoint", "_gradient_checkpointing_func") and args:
             return self._apply(args[0], args[1:], {})
-        if home.partition(".")[0] in ("torch", "einops") and not home.startswith("torch.nn.modules."):
+        outside = home.partition(".")[0] in ("torch", "einops") and not home.startswith("torch.nn.modules.")
+        if outside or catalog.kind_of_function(function) is not None:  # its name says what it does
             return self._node("call_function", function, args, kwargs)
         inner = body_of(function)
         tree = parse(inner)
@@ -217,14 +212,10 @@ class Tracer(Statements):
         if function is builtins.getattr and len(args) > 1:
             found = self._attribute(args[0], args[1]) if type(args[1]) is str else UNKNOWN
             return args[2] if found is UNKNOWN and len(args) > 2 else found
-        if (
-            function is builtins.hasattr
-            and len(args) == 2
-            and type(args[1]) is str
-            and not isinstance(args[0], fx.Node)
-        ):
+        of_known = len(args) == 2 and not isinstance(args[0], fx.Node)
+        if function is builtins.hasattr and of_known and type(args[1]) is str:
             return self._attribute(args[0], args[1]) is not UNKNOWN or UNKNOWN
-        if function is builtins.isinstance and len(args) == 2 and not isinstance(args[0], fx.Node):
+        if function is builtins.isinstance and of_known:
             kinds = args[1] if type(args[1]) is tuple else (args[1],)
             known = args[0] is not UNKNOWN and all(type(each) is type for each in kinds)
             return any(each in type(args[0]).__mro__ for each in kinds) if known else UNKNOWN
@@ -239,17 +230,12 @@ class Tracer(Statements):
             if function is zip:
                 return list(zip(*items, strict=False))
             return items[0][::-1] if function is reversed else tuple(items[0]) if function is tuple else items[0]
-        if function is len and args and type(args[0]) in CONTAINERS:
-            return len(args[0])
-        if function is len and args and issubclass(type(args[0]), nn.Module):
-            return len(self._items(args[0]))
+        if function is len and args and (type(args[0]) in CONTAINERS or issubclass(type(args[0]), nn.Module)):
+            return len(args[0] if type(args[0]) in CONTAINERS else self._items(args[0]))
         if function is sum and args and type(args[0]) in (list, tuple) and args[0]:
             return functools.reduce(lambda a, b: self._binary(operator.add, a, b), args[0])
         if all(type(each) in PLAIN for each in (*args, *kwargs.values())) and function is not callable:
-            try:
-                return function(*args, **kwargs)
-            except Exception:  # noqa: BLE001  it would raise there, too
-                return UNKNOWN
+            return attempt(function, *args, **kwargs)
         if any(isinstance(each, fx.Node) for each in args):
             return self._node("call_function", function, args, kwargs)
         if function is dict and not args:
@@ -257,15 +243,14 @@ class Tracer(Statements):
         return UNKNOWN
 
     def _of_container(self, base: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        try:
-            if type(base) is dict and type(base).__dict__.get(name):
-                result = getattr(base, name)(*args, **kwargs)
-                return list(result) if name in ("items", "keys", "values") else result
-            if type(base) is str and not all(type(each) in PLAIN for each in args):
-                return UNKNOWN
-            return getattr(base, name)(*args, **kwargs)
-        except Exception:  # noqa: BLE001  it would raise there, too
+        if type(base) is str and not all(type(each) in PLAIN for each in args):
             return UNKNOWN
+        result = attempt(getattr(base, name, None), *args, **kwargs)
+        return list(result) if name in ("items", "keys", "values") and result is not UNKNOWN else result
+
+
+def _is_setting(default: Any) -> bool:
+    return isinstance(default, int | float | str | tuple) or callable(default)
 
 
 def _is_star(value: Any) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import operator
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from regimewrap.sites.read.code import UNKNOWN, Span, code_of
+from regimewrap.sites.read.code import UNKNOWN, Span, code_of, span_of
 
 #: A function, by its code, and a place in it: where a call stands. The last of a node's frames made it.
 Frame = tuple[types.CodeType, Span]
@@ -36,37 +37,10 @@ UNARY: dict[type, Any] = {
 #: Values that may be computed with: operators of these run no code of the user's.
 PLAIN = (bool, int, float, str, bytes, type(None), range, slice)
 CONTAINERS = (list, tuple, dict, set)
+KNOWN = (*PLAIN, *CONTAINERS)
 SAFE = {
-    len,
-    range,
-    enumerate,
-    zip,
-    reversed,
-    list,
-    tuple,
-    dict,
-    set,
-    int,
-    float,
-    bool,
-    str,
-    min,
-    max,
-    sum,
-    abs,
-    sorted,
-    any,
-    all,
-    iter,
-    next,
-    round,
-    divmod,
-    isinstance,
-    map,
-    filter,
-    getattr,
-    hasattr,
-    callable,
+    *(len, range, enumerate, zip, reversed, list, tuple, dict, set, int, float, bool, str, min, max, sum, abs),
+    *(sorted, any, all, iter, next, round, divmod, isinstance, map, filter, getattr, hasattr, callable),
 }
 #: How deep functions are followed into each other, how many expressions are read, how often a loop is unrolled.
 DEPTH, STEPS, TURNS = 12, 30_000, 64
@@ -80,6 +54,14 @@ def either(*values: Any) -> Any:
 def unknown(*values: Any) -> Any:
     """Stand, in a graph, for what some values are given to and cannot be followed."""
     return values
+
+
+def attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute with known values; ``UNKNOWN`` where that raises, as it would in the code that is read."""
+    try:
+        return function(*args, **kwargs)
+    except Exception:  # noqa: BLE001  whatever it is, nothing is known then
+        return UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -158,6 +140,15 @@ class Writer:
         self._running: list[Any] = []
         self._returned: list[list[Any]] = []
         self._steps = 0
+
+    @contextmanager
+    def _at(self, node: ast.expr, env: Env) -> Iterator[None]:
+        """Note that nodes which are made in the block come from this place."""
+        before, self._frames = self._frames, (*self._frames, (env.code, span_of(node)))
+        try:
+            yield
+        finally:
+            self._frames = before
 
     def _either(self, values: Sequence[Any]) -> Any:
         known: list[Any] = []
