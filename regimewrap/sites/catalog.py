@@ -30,6 +30,7 @@ MODULES: dict[type[nn.Module], str] = {
     nn.SELU: "elu",
     nn.CELU: "elu",
     nn.PReLU: "prelu",
+    nn.Threshold: "relu",
     nn.Sigmoid: "sigmoid",
     nn.Hardsigmoid: "sigmoid",
     nn.LogSigmoid: "sigmoid",
@@ -69,6 +70,10 @@ FUNCTIONS: dict[Any, str] = {
     torch.celu_: "elu",
     torch.rrelu: "relu",
     torch.rrelu_: "relu",
+    F.threshold: "relu",
+    F.threshold_: "relu",
+    torch.threshold: "relu",
+    torch.threshold_: "relu",
     F.prelu: "prelu",
     torch.prelu: "prelu",
     F.sigmoid: "sigmoid",
@@ -228,18 +233,19 @@ def kind_of_function(function: Any) -> str | None:
     """Return the family of an activation function (``functools.partial`` looked through), or ``None``."""
     while type(function) is functools.partial:
         function = function.func
-    plain = isinstance(type(function), type) and issubclass(type(function), (*_NAMED, torch_private.Overload))
+    if isinstance(function, torch_private.OPERATORS):  # torch.ops.aten.relu; with a signature in exported graphs
+        library, name, *_ = str(function).split(".")
+        return kind_of_name(name) if library != "regimewrap" else None
+    if type(function) is types.MethodDescriptorType:  # torch.Tensor.relu
+        return TENSOR_METHODS.get(function.__name__) if issubclass(torch.Tensor, function.__objclass__) else None
+    plain = isinstance(type(function), type) and issubclass(type(function), _NAMED)
     if not plain and type(function).__module__.partition(".")[0] not in ("builtins", "torch"):
         return None
     try:
         kind = FUNCTIONS.get(function)
     except TypeError:  # unhashable
         return None
-    if kind is None and isinstance(function, torch_private.Overload):
-        kind = kind_of_name(function._schema.name.rpartition(":")[2])  # aten::relu, in exported graphs
-    elif kind is None and plain:
-        kind = kind_of_name(function.__name__)
-    return kind
+    return kind_of_name(function.__name__) if kind is None and plain else kind
 
 
 def kind_of_node(node: fx.Node, root: nn.Module | None = None) -> str | None:

@@ -64,6 +64,11 @@ class Activation:
     problem: str | None = None
 
     @property
+    def short(self) -> str:
+        """The last part of the name of what is called."""
+        return self.call.short if self.call is not None else self.label
+
+    @property
     def code(self) -> types.CodeType | None:
         """The code that makes the call."""
         if self.through:
