@@ -71,7 +71,6 @@ FUNCTIONS: dict[Any, str] = {
     torch.rrelu: "relu",
     torch.rrelu_: "relu",
     F.threshold: "relu",
-    F.threshold_: "relu",
     torch.threshold: "relu",
     torch.threshold_: "relu",
     F.prelu: "prelu",
