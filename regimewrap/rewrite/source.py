@@ -113,6 +113,8 @@ def copied(function: types.FunctionType, home: str, edits: Edits) -> types.Funct
         NotRewritableError: as ``rewritten``; or a decorator cannot be dealt with.
     """
     body = body_of(function)
+    if "__class__" in code_of(body).co_freevars:
+        raise NotRewritableError("it is a method that uses super(), of another class")
     edited = _edited(_tree(body, ""), home, edits)
     _require_passing_on(function)
     names = [ast.copy_location(ast.arg(name), edited) for name in (_SITES, _SELF)]

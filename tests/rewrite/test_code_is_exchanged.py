@@ -159,6 +159,13 @@ class Above(Block):
         return super().forward(x) + 1
 
 
+class AboveByName(Above):
+    """Calls a method by its class, which in turn uses ``super()``."""
+
+    def forward(self, x):
+        return Above.forward(self, x)
+
+
 def wrapped_bound_method_in_a_closure() -> nn.Module:
     model = Keeps()
     method = model._act
@@ -181,6 +188,7 @@ HOLDERS = [
     Counts,
     Generates,
     Above,
+    AboveByName,
     wrapped_bound_method_in_a_closure,
 ]
 every_holder = pytest.mark.parametrize("make", HOLDERS)
