@@ -282,7 +282,7 @@ def _problem(method: str, call: Call) -> str | None:
 
 
 def _reached_by_super(cls: type, method: str, owner: type) -> bool:
-    """Say whether an overridden method can still be called: each that overrides it uses ``super()`` or names a class."""
+    """Say whether an overridden method can still be called: all that override it use ``super()`` or name a class."""
     order = cls.__mro__[: cls.__mro__.index(owner) + 1]
     ways = {"__class__", *(home.__name__ for home in order[1:])}
     overriding = [vars(home).get(method) for home in order[:-1]]

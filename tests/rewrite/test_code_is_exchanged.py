@@ -259,6 +259,19 @@ def test_the_functions_own_code_comes_back_with_the_last_of_its_users(x):
     assert Own.forward not in EXCHANGED
 
 
+def test_a_function_that_two_classes_share_is_gated_in_both(x):
+    class Borrows(Base):
+        forward = Block.forward
+
+    first, second = wrap(bare(Block)), wrap(bare(Borrows))
+    for model in (first, second):
+        gate_of(model).set_keep_ratio(RATIO)
+        assert torch.equal(model(x), by_hand(model, x))
+    unwrap(first)
+    assert torch.equal(second(x), by_hand(second, x))
+    unwrap(second)
+
+
 def test_a_class_and_its_models_are_freed():
     def trial() -> tuple[weakref.ref, weakref.ref]:
         held = nn.Linear(1, 1)
