@@ -15,8 +15,8 @@ from torch.utils import _pytree
 #: What every BatchNorm layer is, in any number of dimensions.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
-#: An operator of torch's, with one signature.
-Overload = torch._ops.OpOverload
+#: Operators of torch's, with one signature and with all.
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 #: The leaves of nested lists, tuples and dicts.
 tree_leaves = _pytree.tree_leaves

@@ -162,9 +162,9 @@ class _Judge:
         return [
             each
             for each in self._planned
-            if each.call is not None
+            if (each.call is not None or each.problem is not None)
             and each.module == activation.module
-            and (each.call.short == activation.label or (_is_made(activation) and each.kind == activation.kind))
+            and (each.short == activation.label or (_is_made(activation) and each.kind == activation.kind))
         ]
 
     def reason(self, activation: Activation, sites: Set[str]) -> str:

@@ -70,8 +70,9 @@ class Part:
 
     @property
     def home(self) -> str:
-        """What the keys of its sites begin with."""
-        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+        """What the keys of its sites begin with: the function's own name, for classes may share one."""
+        function = self.find()
+        return f"{function.__module__}.{function.__qualname__}"
 
     @property
     def unchanged(self) -> bool:

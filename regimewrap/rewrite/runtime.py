@@ -216,6 +216,7 @@ class GraphGates(nn.Module):
     def __init__(self, gates: Mapping[str, SiteGate]) -> None:
         super().__init__()
         self.__dict__[SITES_ATTRIBUTE] = dict(gates)
+        self.__dict__[SCRIPTING] = refuse_scripting
 
     def add(self, gate: SiteGate) -> None:
         """Have another gate."""

@@ -119,6 +119,8 @@ def copied(function: types.FunctionType, home: str, edits: Edits) -> types.Funct
     body = body_of(function)
     if _shows_locals(body):
         raise NotRewritableError("it asks for locals(), which would show two more")
+    if "__class__" in code_of(body).co_freevars:
+        raise NotRewritableError("it is a method that uses super(), of another class")
     edited = _edited(_tree(body, ""), home, edits)
     _require_passing_on(function)
     names = [ast.copy_location(ast.arg(name), edited) for name in (_SITES, _SELF)]

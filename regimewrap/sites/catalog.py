@@ -18,7 +18,7 @@ from torch import fx, nn
 from regimewrap import torch_private
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
-    "relu": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU),
+    "relu": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.Threshold),
     "gelu": (nn.GELU,),
     "silu": (nn.SiLU,),
     "hardswish": (nn.Hardswish,),
@@ -36,7 +36,7 @@ MODULES: dict[type[nn.Module], str] = {cls: kind for kind, classes in _MODULES.i
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "relu": (
         *(F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.rrelu, F.rrelu_),
-        *(torch.rrelu, torch.rrelu_),
+        *(torch.rrelu, torch.rrelu_, F.threshold, torch.threshold, torch.threshold_),
     ),
     "gelu": (F.gelu,),
     "silu": (F.silu,),
@@ -174,18 +174,19 @@ def kind_of_function(function: Any) -> str | None:
     """Return the family of an activation function (``functools.partial`` looked through), or ``None``."""
     while type(function) is functools.partial:
         function = function.func
-    plain = isinstance(type(function), type) and issubclass(type(function), (*_NAMED, torch_private.Overload))
+    if isinstance(function, torch_private.OPERATORS):  # torch.ops.aten.relu; with a signature in exported graphs
+        library, name, *_ = str(function).split(".")
+        return kind_of_name(name) if library != "regimewrap" else None
+    if type(function) is types.MethodDescriptorType:  # torch.Tensor.relu
+        return TENSOR_METHODS.get(function.__name__) if issubclass(torch.Tensor, function.__objclass__) else None
+    plain = isinstance(type(function), type) and issubclass(type(function), _NAMED)
     if not plain and type(function).__module__.partition(".")[0] not in ("builtins", "torch"):
         return None
     try:
         kind = FUNCTIONS.get(function)
     except TypeError:  # unhashable
         return None
-    if kind is None and isinstance(function, torch_private.Overload):
-        kind = kind_of_name(function._schema.name.rpartition(":")[2])  # aten::relu, in exported graphs
-    elif kind is None and plain:
-        kind = kind_of_name(function.__name__)
-    return kind
+    return kind_of_name(function.__name__) if kind is None and plain else kind
 
 
 def kind_of_node(node: fx.Node, root: nn.Module | None = None) -> str | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from regimewrap.sites import catalog
 from regimewrap.sites.finder import Activation
 from regimewrap.sites.probe import Shapes
+from regimewrap.topk import op
 
 #: A file, and in it first and last line, first and last column.
 _Place = tuple[str, int | None, int | None, int | None, int | None]
@@ -73,10 +73,10 @@ class Census(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        kind = catalog.FUNCTIONS.get(func)
-        if kind is None and getattr(torch.Tensor, name, None) is func:
-            kind = catalog.TENSOR_METHODS.get(name)
+        name = getattr(func, "__name__", "").partition(".")[0]  # relu.default
+        # What a gate's own operator does inside is no activation of the model.
+        own = sys._getframe(2).f_globals.get("__name__") == op.__name__
+        kind = catalog.kind_of_function(func) if not own else None
         inside = self.stack[-1] if self.stack else self.root
         if kind is not None and catalog.kind_of_module(inside) is None:
             path = self._paths.get(id(inside), type(inside).__name__)

@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from regimewrap.sites import catalog
 from regimewrap.sites.flow.dataflow import Dataflow
 from regimewrap.sites.read.calls import Call, find_calls, find_dropped, in_place_target
-from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, code_of, own_methods, span_of
+from regimewrap.sites.read.code import NOWHERE, TORCH_LAYERS, Span, body_of, code_of, names_in, own_methods, span_of
 from regimewrap.sites.read.graphs import graphs_of
 from regimewrap.sites.read.helpers import Helper, calls_itself, find_helpers
 from regimewrap.sites.read.named import function_of, kind_of_short
@@ -62,6 +62,11 @@ class Activation:
     node: str | None = None
     dropped: tuple[tuple[Method, Span], ...] = ()
     problem: str | None = None
+
+    @property
+    def short(self) -> str:
+        """The last part of the name of what is called."""
+        return self.call.short if self.call is not None else self.label
 
     @property
     def code(self) -> types.CodeType | None:
@@ -227,9 +232,10 @@ def _in_helpers(
 ) -> Iterator[Activation]:
     """Find activations in the plain functions that a method calls, and in those that these call."""
     arguments = through[-1].arguments if through else {}
+    methods = [each for _, _, each in own_methods(module)] if module is not None else []
     for helper in find_helpers(function, module, arguments):
-        if helper.function in [each.function for each in through]:
-            continue  # its activations are listed once
+        if helper.function in methods or helper.function in [each.function for each in through]:
+            continue  # its activations are listed once; Base.forward(self, x) calls a method
         inside, way = f"{place}.{helper.function.__name__}", (*through, helper)
         calls = find_calls(helper.function, None, arguments=helper.arguments)
         yield from _named(inside, calls, method, method.module, way)
@@ -279,11 +285,13 @@ def _problem(method: str, call: Call) -> str | None:
 
 
 def _reached_by_super(cls: type, method: str, owner: type) -> bool:
-    """Say whether an overridden method can still be called, by ``super()`` in each class that overrides it."""
-    overriding = [vars(home).get(method) for home in cls.__mro__[: cls.__mro__.index(owner)]]
+    """Say whether an overridden method can still be called: all that override it use ``super()`` or name a class."""
+    order = cls.__mro__[: cls.__mro__.index(owner) + 1]
+    ways = {"__class__", *(home.__name__ for home in order[1:])}
+    overriding = [vars(home).get(method) for home in order[:-1]]
     codes = [
         code_of(body) if isinstance(body := body_of(each), types.FunctionType) else None
         for each in overriding
         if each is not None
     ]
-    return all(code is not None and "__class__" in code.co_freevars and method in code.co_names for code in codes)
+    return all(code is not None and method in code.co_names and ways & names_in(code) for code in codes)

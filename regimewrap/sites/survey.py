@@ -86,7 +86,7 @@ def survey(model: nn.Module, policy: RegimePolicy, example_inputs: Any = None) -
 def _unseen(census: Census, found: list[Activation]) -> Iterator[Activation]:
     """Yield what ran and is not among what was found, a name once."""
     names = {each.name for each in found}
-    labels = {(each.module, each.call.short) for each in found if each.call is not None}
+    labels = {(each.module, each.short) for each in found if each.call is not None or each.problem is not None}
     for ran in census.ran:
         each = ran.activation
         if ran.planned or each.name in names or (each.module, each.label) in labels:

@@ -22,7 +22,7 @@ from regimewrap.topk.gpu import dispatch as gpu
 from regimewrap.topk.register import is_recorded, operator
 from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio, full_rows
 
-#: As an operator: who watches torch's functions, as ``verify`` does, is not to see the one inside a gate.
+#: As an operator: who watches torch's functions is not to see the one inside a gate, and ``verify`` passes it over.
 _relu = torch.ops.aten.relu
 
 

@@ -82,7 +82,7 @@ class Fused(nn.Module):
         self.linear = mlp[0]
 
     def forward(self, x):
-        return torch.ops.aten.gelu(self.linear(x))
+        return self.linear(x) * torch.special.ndtr(self.linear(x))  # a GELU that has no name
 
 
 def network() -> nn.Sequential:
@@ -148,7 +148,7 @@ def test_a_replaced_activation_is_told_from_one_that_was_added():
 def test_a_replaced_forward_that_goes_around_a_site_is_an_escape():
     model = wrap(network())
     mlp = model[0]
-    mlp.forward = lambda x: torch.ops.aten.gelu(mlp[0](x))
+    mlp.forward = lambda x: mlp[0](x) * torch.special.ndtr(mlp[0](x))  # a GELU that has no name
     coverage = verify(model, torch.randn(2, 4))
     assert coverage.escaped == ("0.1",)
     assert coverage.idle == ("0.1",)

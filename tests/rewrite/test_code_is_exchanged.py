@@ -160,6 +160,13 @@ class Above(Block):
         return super().forward(x) + 1
 
 
+class AboveByName(Above):
+    """Calls a method by its class, which in turn uses ``super()``."""
+
+    def forward(self, x):
+        return Above.forward(self, x)
+
+
 def wrapped_bound_method_in_a_closure() -> nn.Module:
     model = Keeps()
     method = model._act
@@ -182,6 +189,7 @@ HOLDERS = [
     Counts,
     Generates,
     Above,
+    AboveByName,
     wrapped_bound_method_in_a_closure,
 ]
 every_holder = pytest.mark.parametrize("make", HOLDERS)
@@ -268,6 +276,19 @@ def test_the_functions_own_code_comes_back_with_the_last_of_its_users(x):
     gc.collect()
     assert Own.forward.__code__ is before
     assert Own.forward not in EXCHANGED
+
+
+def test_a_function_that_two_classes_share_is_gated_in_both(x):
+    class Borrows(Base):
+        forward = Block.forward
+
+    first, second = wrap(bare(Block)), wrap(bare(Borrows))
+    for model in (first, second):
+        gate_of(model).set_keep_ratio(RATIO)
+        assert torch.equal(model(x), by_hand(model, x))
+    unwrap(first)
+    assert torch.equal(second(x), by_hand(second, x))
+    unwrap(second)
 
 
 def test_a_class_and_its_models_are_freed():

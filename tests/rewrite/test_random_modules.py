@@ -209,7 +209,83 @@ def made_in_a_function() -> nn.Module:
     return Local()
 
 
+def closed_over() -> nn.Module:
+    act = F.silu
+
+    class Closing(Layer):
+        act_of_reference = staticmethod(F.silu)
+
+        def forward(self, x):
+            return x + self.out(act(self.linear(x)))
+
+    return Closing()
+
+
+class Held(Layer):
+    """Calls ``self.act``, which is one of several things."""
+
+    def forward(self, x):
+        return x + self.out(self.act(self.linear(x)))
+
+
+class OfTheClass(Held):
+    act = staticmethod(F.gelu)
+
+
+class OfClassMethod(Held):
+    @classmethod
+    def act(cls, x):
+        return F.gelu(x)
+
+
+class Partial(Held):
+    act_of_reference = staticmethod(functools.partial(F.leaky_relu, negative_slope=0.2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = self.act_of_reference
+
+
+class OneLambda(Held):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = lambda y: F.gelu(y)
+
+
+class OneObject(Held):
+    """One callable object for all layers."""
+
+    class Act:
+        def __call__(self, x):
+            return F.gelu(x)
+
+    act = Act()
+
+
+class ByName(Layer):
+    acts, name = {"gelu": F.gelu, "relu": F.relu}, "relu"
+    act_of_reference = staticmethod(F.relu)
+
+    def forward(self, x):
+        return x + self.out(self.acts[self.name](self.linear(x)))
+
+
+class Alias(Layer):
+    def forward(self, x, other=F.gelu):
+        act = other if x.ndim else F.gelu
+        return x + self.out(act(self.linear(x)))
+
+
+class HandedOn(Layer):
+    def _with(self, act, x):
+        return act(self.linear(x))
+
+    def forward(self, x):
+        return x + self.out(self._with(F.gelu, x))
+
+
 KINDS = [
+    *(closed_over, OfTheClass, OfClassMethod, Partial, OneLambda, OneObject, ByName, Alias, HandedOn),
     *(Direct, Relu, Method, InPlace, AsModule, AsRelu, AsOwn, Attribute, Listed, Steps, Bound, Decorated, Inherits),
     *(Lambda, Looped, Helped, made_in_a_function),
 ]
@@ -238,6 +314,17 @@ def bodies(draw) -> nn.Module:
         if draw(st.integers(0, 5)) == 0 and "forward" not in vars(layer):
             layer.forward = layer.forward  # bound early
     return Body(layers)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_each_way_equals_the_reference(make):
+    torch.manual_seed(0)
+    model, x = Body([make()]), torch.randn(3, WIDTH)
+    reference = Reference(model)
+    reference.gates = True
+    gate_of(wrap(model)).set_keep_ratio(RATIO)
+    assert torch.equal(model(x), reference(x))
+    unwrap(model)
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from regimewrap import at_keep_ratio, gate_of, plan, unwrap, verify, wrap
+from regimewrap.errors import WrapError
 from regimewrap.topk.op import topk_gate
 
 RATIO = torch.tensor(0.1, dtype=torch.float64)
@@ -182,3 +183,20 @@ def test_a_plan_is_the_same_while_a_model_of_the_class_is_wrapped():
     verify(live, torch.randn(2, 3, 4, 4))  # which plans a wrapped model once more
     unwrap(live)
     assert [row.gated for row in plan(Excites()).rows] == [True, False, False]
+
+
+class OnlyFunctions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.b(F.gelu(self.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("make", [Block, lambda: nn.Sequential(OnlyFunctions(), OnlyFunctions())])
+def test_a_trace_of_a_wrapped_model_is_not_scripted(make):
+    trace = fx.symbolic_trace(wrap(make()))
+    with pytest.raises(WrapError, match="cannot be scripted"):
+        torch.jit.script(trace)

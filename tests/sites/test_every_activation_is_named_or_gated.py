@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import subprocess
 import sys
@@ -117,7 +118,52 @@ class Lambdas(Base):
         return self.b(self.acts[self.name](self.a(x)))
 
 
+class OneLambda(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = lambda t: F.gelu(t, approximate="tanh")
+
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
+
+
+class MethodOfTheTensorClass(Base):
+    def forward(self, x):
+        return self.b(torch.Tensor.relu(self.a(x)))
+
+
+class Operator(Base):
+    def forward(self, x):
+        return self.b(torch.ops.aten.relu(self.a(x)))
+
+
+class Conditional(Base):
+    def forward(self, x):
+        return self.b((F.gelu if self.training else F.relu)(self.a(x)))
+
+
+class Threshold(Base):
+    def forward(self, x):
+        return self.b(F.threshold(self.a(x), 0.0, 0.0))
+
+
+def signature(itself, x):
+    return F.gelu(itself.a(x))
+
+
+class Signed(Base):
+    @functools.wraps(signature)  # which it never calls
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
 WAYS = [
+    Signed,
+    OneLambda,
+    MethodOfTheTensorClass,
+    Operator,
+    Conditional,
+    Threshold,
     Private,
     OfTheClass,
     ModuleOfTheClass,
@@ -425,6 +471,32 @@ def test_what_only_ran_is_in_the_plan_and_may_be_excluded_by_its_name():
     assert [each.name for each in asked.unreachable] == ["0.relu"]
     with pytest.raises(PolicyError, match="matches no activation"):
         plan(model, RegimePolicy(sites=SitePolicy(exclude=("0.nothing",))))
+
+
+class Scale:
+    def __init__(self) -> None:
+        self.by = 2.0
+
+    def __call__(self, x):
+        return F.gelu(x) * self.by
+
+
+class OutOfReach(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = Scale()
+
+    def forward(self, x):
+        return self.b(self.scaled(torch.relu(self.a(x))))
+
+
+def test_what_the_code_shows_out_of_reach_is_one_row_when_it_ran_too():
+    model, x = OutOfReach(), torch.randn(2, 8)
+    (row,) = plan(model, example_inputs=x).unreachable
+    assert "Scale.__call__" in row.why
+    policy = RegimePolicy(sites=SitePolicy(exclude=(row.name,)))
+    assert verify(wrap(model, policy, example_inputs=x), x).gated == ("forward.relu",)
+    assert not verify(model, x).escaped
 
 
 def test_two_calls_of_one_function_are_told_apart_when_one_is_excluded():

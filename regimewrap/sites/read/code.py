@@ -37,9 +37,19 @@ def span_of(node: ast.expr | ast.stmt) -> Span:
 
 def body_of(function: types.FunctionType) -> types.FunctionType:
     """Return the function that the user wrote, below its decorators."""
-    while isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
+    while isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType) and _may_call(
+        function, inner
+    ):
         function = inner
     return function
+
+
+def _may_call(function: types.FunctionType, inner: types.FunctionType) -> bool:
+    """Say whether a function can know another; ``functools.wraps`` may have lent it no more than the signature."""
+    code = code_of(function)
+    named = (function.__globals__.get(name) for name in code.co_names)
+    held = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *named)
+    return bool(set(code.co_freevars) - {"__class__"}) or any(each is inner for each in held)
 
 
 def code_of(function: types.FunctionType | types.MethodType) -> types.CodeType:

@@ -15,7 +15,7 @@ from torch import nn
 from regimewrap.sites import catalog
 from regimewrap.sites.read.code import Scope, Span, body_of, call_nodes, code_of, constant_of, names_in, span_of
 from regimewrap.sites.read.memory import remembered
-from regimewrap.sites.read.named import names_activation
+from regimewrap.sites.read.named import kind_of_short, names_activation
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def _is_helper(value: Any, depth: int) -> bool:
         isinstance(value, types.FunctionType)
         and (value.__module__ or "").partition(".")[0] != "torch"
         and catalog.kind_of_function(value) is None
+        and not (value.__name__ == "<lambda>" and kind_of_short(value))  # gated as a whole, where it is called
         and _reaches_activation(value, depth)
     )
 

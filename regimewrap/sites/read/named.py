@@ -25,6 +25,9 @@ def kind_of_call(node: ast.Call, scope: Scope, registered: Set[int]) -> str | No
             return _kind_held(scope.value_of(node.func.value), constant_of(node.func.slice, scope))
         if isinstance(node.func, ast.Call):  # nn.ReLU()(x)
             return catalog.kind_of_class(scope.value_of(node.func.func))
+        if isinstance(node.func, ast.IfExp):  # (F.relu if here else F.gelu)(x)
+            kinds = [catalog.kind_of_function(scope.value_of(each)) for each in (node.func.body, node.func.orelse)]
+            return kinds[0] if all(kinds) else None
         return None
     if isinstance(value, nn.Module):
         return None if id(value) in registered or not registered else catalog.kind_of_module(value)
