@@ -7,7 +7,13 @@ import re
 from importlib import import_module
 from typing import Any
 
-from regimewrap.policy.settings import _expected
+_NOUNS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -22,6 +28,25 @@ def _table(marker: re.Match[str]) -> str:
         expected = _expected(schema, schema["properties"][name])
         rows.append(f"| `{name}` | {expected} | {_default(field)} | {field.description or ''} |")
     return "\n".join(rows)
+
+
+def _expected(root: dict[str, Any], node: dict[str, Any]) -> str:
+    """Return a setting's schema in words."""
+    if "$ref" in node:
+        node = root["$defs"][node["$ref"].rpartition("/")[2]]
+    if "anyOf" in node:
+        return " or ".join(_expected(root, branch) for branch in node["anyOf"])
+    if "discriminator" in node:
+        return f"a mapping with a kind ({', '.join(sorted(node['discriminator']['mapping']))})"
+    choices = node.get("enum", [node["const"]] if "const" in node else [])
+    if choices:
+        return ", ".join(repr(choice) for choice in choices)
+    if "properties" in node:
+        return f"a mapping of settings ({', '.join(node['properties'])})"
+    noun = _NOUNS.get(node.get("type", ""), "nothing" if node.get("type") == "null" else "a mapping")
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {node[name]:g}" for name, sign in bounds.items() if name in node]
+    return " ".join([noun, " and ".join(limits)]).strip()
 
 
 def _default(field: Any) -> str:
