@@ -1,7 +1,8 @@
 """regimewrap in a loop with Accelerate and gradient accumulation. Ten seconds on one core.
 
-Needs ``pip install 'regimewrap[accelerate]'``; the data is generated. ``python examples/accelerate_loop.py`` runs it;
-with ``accelerate launch --cpu --num_processes 2`` in the place of ``python`` it runs on two processes.
+Needs ``pip install -e '.[accelerate]'`` in a checkout. The data is generated.
+``python examples/accelerate_loop.py`` runs it on one process, ``accelerate launch --cpu --num_processes 2``
+instead of ``python`` on two.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train on digits, find fixed thresholds for a budget, export: about ten seconds on one core.
 
-Needs ``pip install 'regimewrap[demo]'`` for the data. Run it with ``python examples/export_at_one_budget.py``.
+Needs ``pip install -e '.[demo]'`` in a checkout for the data. Run it with ``python examples/export_at_one_budget.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """regimewrap in Hugging Face's Trainer: a tiny language model on generated counting rows. Fifteen seconds on one core.
 
-Needs ``pip install 'regimewrap[transformers]'``. Run it with ``python examples/hf_trainer.py``.
+Needs ``pip install -e '.[transformers]'`` in a checkout. Run it with ``python examples/hf_trainer.py``.
 """
 
 from __future__ import annotations

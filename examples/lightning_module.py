@@ -1,6 +1,7 @@
 """regimewrap in Lightning's trainer. Twenty seconds on one core, most of it for importing Lightning.
 
-Needs ``pip install 'regimewrap[lightning]'``; the data is generated. ``python examples/lightning_module.py`` runs it.
+Needs ``pip install -e '.[lightning]'`` in a checkout. The data is generated.
+``python examples/lightning_module.py`` runs it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """regimewrap in a training loop of your own: a small network on scikit-learn's digits, about ten seconds on one core.
 
-Needs ``pip install 'regimewrap[demo]'`` for the data. Run it with ``python examples/own_loop.py``.
+Needs ``pip install -e '.[demo]'`` in a checkout for the data. Run it with ``python examples/own_loop.py``.
 """
 
 from __future__ import annotations

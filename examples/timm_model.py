@@ -1,6 +1,6 @@
 """regimewrap in a training loop of timm's parts: task, averaged model, checkpoint. About ten seconds on one core.
 
-Needs ``pip install 'regimewrap[demo,timm]'``. Run it with ``python examples/timm_model.py``.
+Needs ``pip install -e '.[demo,timm]'`` in a checkout. Run it with ``python examples/timm_model.py``.
 """
 
 from __future__ import annotations

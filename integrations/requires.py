@@ -28,7 +28,7 @@ def require(package: str, at_least: str, extra: str) -> None:
     except PackageNotFoundError:  # on the path without metadata: a source checkout, for example
         return
     if _numbers(found) < _numbers(at_least):
-        raise UnsupportedVersionError(package, found, at_least, extra)
+        raise UnsupportedVersionError(package, found, at_least)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

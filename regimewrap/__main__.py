@@ -14,7 +14,9 @@ def main() -> int:
         package = (error.name or "").partition(".")[0]
         if package not in ("rich", "typer"):  # some versions of typer need rich
             raise
-        sys.stderr.write(f"Error: the command line needs {package}; run: pip install 'regimewrap[cli]'\n")
+        from regimewrap.errors import to_install
+
+        sys.stderr.write(f"Error: the command line needs {package}; {to_install('cli')}.\n")
         return 2
     except KeyboardInterrupt:
         return 130

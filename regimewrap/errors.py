@@ -25,6 +25,15 @@ Messages say what came, what was expected and how to mend it, on one line where 
 from __future__ import annotations
 
 
+def to_install(extra: str) -> str:
+    """Say how an extra is installed: from a checkout, as there is no release.
+
+    >>> to_install("fast")
+    "run `pip install -e '.[fast]'` in a checkout of regimewrap"
+    """
+    return f"run `pip install -e '.[{extra}]'` in a checkout of regimewrap"
+
+
 class RegimewrapError(Exception):
     """Base of every error raised on purpose."""
 
@@ -91,14 +100,14 @@ class MissingExtraError(RegimewrapError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; run: pip install 'regimewrap[{extra}]'")
+        super().__init__(f"{package} is not installed; {to_install(extra)}.")
 
 
 class UnsupportedVersionError(RegimewrapError, ImportError):
     """An optional package is older than what is supported; the message names both versions."""
 
-    def __init__(self, package: str, found: str, at_least: str, extra: str) -> None:
+    def __init__(self, package: str, found: str, at_least: str) -> None:
         super().__init__(
             f"{package} {found} is installed and regimewrap supports {at_least} or newer; "
-            f"run: pip install -U 'regimewrap[{extra}]'"
+            f"run `pip install -U '{package}>={at_least}'`."
         )

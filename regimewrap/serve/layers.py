@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from regimewrap.errors import to_install
 from regimewrap.serve import stock
 from regimewrap.serve.cpu import dispatch as cpu
 from regimewrap.serve.partners import Link
@@ -236,7 +237,7 @@ def product_of(module: nn.Module) -> Product | None:
     if weight.dtype == torch.float64:
         raise CannotSkip("convolutions skip zeros in float32, bfloat16 and float16")
     if cpu.KERNELS.get() is None:
-        raise CannotSkip("numba, which convolutions need, cannot be used: pip install 'regimewrap[fast]'")
+        raise CannotSkip(f"numba, which convolutions need, cannot be used: {to_install('fast')}")
     return ConvProduct(module)
 
 

@@ -25,7 +25,7 @@ class Kernels:
         Args:
             load: imports the module.
             compiler: the package that the module needs.
-            install: what installs it.
+            install: how it is installed, in words.
             otherwise: what is done without these kernels, for the warning.
         """
         self.module: ModuleType | None = None
@@ -53,6 +53,6 @@ class Kernels:
 
     def _why(self, error: Exception) -> str:
         if isinstance(error, ModuleNotFoundError) and error.name == self._compiler:
-            return f"{self._compiler} is not installed; run: {self._install}"
+            return f"{self._compiler} is not installed; {self._install}"
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -97,7 +97,7 @@ def test_a_missing_option_is_named(fails):
 def test_matplotlib_is_asked_for_before_training(fails, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
 
-    assert "pip install 'regimewrap[cli]'" in fails("demo")
+    assert "pip install -e '.[cli]'" in fails("demo")
 
 
 @pytest.mark.parametrize(

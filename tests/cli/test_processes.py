@@ -59,7 +59,9 @@ def test_a_missing_command_line_package_names_the_extra(package):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     assert result.returncode == 2
-    assert result.stderr == f"Error: the command line needs {package}; run: pip install 'regimewrap[cli]'\n"
+    assert result.stderr == (
+        f"Error: the command line needs {package}; run `pip install -e '.[cli]'` in a checkout of regimewrap.\n"
+    )
 
 
 def test_a_reader_that_leaves_early_gets_no_error_text(start):

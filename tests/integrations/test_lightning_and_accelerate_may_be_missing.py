@@ -20,7 +20,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_a_missing_package_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(requires, "find_spec", lambda _: None)
 
-    with pytest.raises(MissingExtraError, match=rf"{name} is not installed; run: pip install 'regimewrap\[{name}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"{name} is not installed; run `pip install -e '\.\[{name}\]'`"):
         import_module(f"regimewrap.integrations.{name}")
 
 

@@ -255,7 +255,7 @@ def test_a_policy_that_watches_a_signal_has_no_scheduler():
 
 def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(requires, "find_spec", lambda _: None)
-    _import_anew(monkeypatch, MissingExtraError, r"timm is not installed; run: pip install 'regimewrap\[timm\]'")
+    _import_anew(monkeypatch, MissingExtraError, r"timm is not installed; run `pip install -e '\.\[timm\]'`")
 
 
 def test_a_timm_that_is_too_old_is_named_with_what_is_supported(monkeypatch: pytest.MonkeyPatch):

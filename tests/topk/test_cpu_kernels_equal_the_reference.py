@@ -239,7 +239,7 @@ def test_without_numba_plain_torch_answers_after_one_warning(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     x = torch.randn(2, 50)
 
-    with pytest.warns(RuntimeWarning, match=r"numba is not installed; run: pip install 'regimewrap\[fast\]'") as seen:
+    with pytest.warns(RuntimeWarning, match=r"numba is not installed; run `pip install -e '\.\[fast\]'`") as seen:
         assert agrees(x, 0.2)
     assert len(seen) == 1
     with warnings.catch_warnings():

@@ -286,7 +286,7 @@ def test_a_missing_triton_is_told_of_once(monkeypatch):
     monkeypatch.delitem(sys.modules, "regimewrap.topk.gpu.kernels", raising=False)
     monkeypatch.delattr(topk.gpu, "kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.warns(RuntimeWarning, match="triton is not installed; run: pip install triton"):
+    with pytest.warns(RuntimeWarning, match="triton is not installed; run `pip install triton`"):
         assert kernels.get() is None
     assert kernels.get() is None  # a second warning would be an error
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regimewrap.errors import to_install
 from regimewrap.topk.cpu.dispatch import in_threads
 from regimewrap.topk.loading import Kernels
 
@@ -29,7 +30,7 @@ def _import() -> ModuleType:
 KERNELS = Kernels(
     _import,
     "numba",
-    "pip install 'regimewrap[fast]'",
+    to_install("fast"),
     "serves convolutions dense, and linear layers in plain torch",
 )
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regimewrap.errors import to_install
 from regimewrap.topk.loading import Kernels
 from regimewrap.topk.selection import INTEGERS, Selection, is_outermost, memory_rows
 
@@ -206,7 +207,7 @@ def _import() -> ModuleType:
 KERNELS = Kernels(
     _import,
     "numba",
-    "pip install 'regimewrap[fast]'",
+    to_install("fast"),
     "selects on the CPU in plain torch: same results, 10 to 20 times slower",
 )
 

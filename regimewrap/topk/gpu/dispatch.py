@@ -197,7 +197,7 @@ def _import() -> ModuleType:
 KERNELS = Kernels(
     _import,
     "triton",
-    "pip install triton",
+    "run `pip install triton`",
     "selects on the GPU in plain torch: same results, several times slower",
 )
 
