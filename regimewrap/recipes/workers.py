@@ -66,8 +66,8 @@ def train_jobs(jobs: Iterable[Job], work: Work, workers: int) -> Iterator[tuple[
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch may hang
     pool = ProcessPoolExecutor(workers, context, initializer=_begin)
-    doing = {pool.submit(_train, job, work): job for job in jobs}
-    try:
+    try:  # Ctrl-C may come while processes start, too
+        doing = {pool.submit(_train, job, work): job for job in jobs}
         for future in as_completed(doing):
             job = doing[future]
             try:
