@@ -21,7 +21,7 @@ from regimewrap.gate.budget import Budget, Setting, at_keep_ratio
 from regimewrap.gate.compiled import notice_hooks
 from regimewrap.gate.find import find_gate, gate_of, whole_of
 from regimewrap.gate.network import NetworkThreshold
-from regimewrap.gate.site import GATE_ATTRIBUTE, SITES_ATTRIBUTE, Observer, Recorder, Site, SiteGate
+from regimewrap.gate.site import GATE_ATTRIBUTE, SITES_ATTRIBUTE, Observer, Recorder, Site, SiteGate, cut
 from regimewrap.gate.told import Told
 from regimewrap.policy.policy import PolicyLike, RegimePolicy, require_ratio
 from regimewrap.topk import sampling
@@ -52,14 +52,14 @@ class TopKGate:
             ``set_budget`` or ``set_keep_ratio``, after a backward pass and before the next forward pass. A backward
             pass keeps to the ratio of its forward pass; where activation checkpointing has to compute that again,
             another ratio raises ``BudgetError`` (see ``at_keep_ratio`` for what cannot be seen).
-            A CUDA graph that somebody records by hand keeps the budget it was recorded at; changing it then warns.
+            A CUDA graph that is recorded by hand keeps the budget it was recorded at; changing it then warns.
         dense_rows: the share of each batch's rows that run at the full budget in train mode, and the number of updates
             so far, which says which rows these are; float64 tensor of shape (2,) on the CPU. Change it with
             ``set_budget``.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
-        observers: called at each site of each forward pass; empty unless somebody watches.
+        observers: called at each site of each forward pass; empty unless something watches.
         released: whether ``unwrap`` took the gate off its model.
         driver: the ``RegimeCycler`` that drives the gate, as a weak reference; ``None`` without one.
         copies: the gates of deep copies of its model, as far as they live.
@@ -77,8 +77,7 @@ class TopKGate:
         self.copies: weakref.WeakSet[TopKGate] = weakref.WeakSet()
         self._root: weakref.ref[nn.Module] | None = None
         self._recorder: Recorder | None = None
-        # False while somebody only looks: what runs meanwhile is no part of a step.
-        self._counts = True
+        self._counts = True  # False while what runs is no part of a step, as in verify
         self._told = Told()
         rule = self.policy.gate
         words = ("scope", "score", "relative_to", "ties", "gradient")
@@ -198,7 +197,7 @@ class TopKGate:
         notice_hooks()
 
     def acts(self, training: bool) -> bool:
-        """Say whether a site may change anything now, or somebody watches; if not, a fused kernel may bypass it.
+        """Say whether a site may change anything now, or something watches; if not, a fused kernel may bypass it.
 
         Args:
             training: the mode of the module that owns the site.
@@ -224,7 +223,7 @@ class TopKGate:
             return x
         y = self._select(x, site, training)
         if self._recorder is not None:
-            y = self._cut(x, self._recorder(site, x, y))
+            y = cut(x, self._recorder(site, x, y), self._rule["score"])
         for observe in self.observers:
             observe(site, x, y)
         return y
@@ -261,7 +260,7 @@ class TopKGate:
             self._budget.look(x)
         fixed = self._fixed()
         if fixed is not None:
-            return self._cut(x, fixed.get(site.name))
+            return cut(x, fixed.get(site.name), self._rule["score"])
         forced = self._budget.forced
         if self._dense_in_eval and not training and not forced:
             return x
@@ -276,28 +275,13 @@ class TopKGate:
                 relu = select is relu_gate
                 return self.network.select(x, dense_rows=dense_rows, in_eval=in_eval, counted=counted, relu=relu)
             rule = self._rule if select is topk_gate else self._relu_rule
-            where: dict[str, Any] = {"channel_dim": self._channel_dim(x, site), "multiplier": site.multiplier}
+            where: dict[str, Any] = {
+                "channel_dim": site.channels_of(x, self._rule["scope"]),
+                "multiplier": site.multiplier,
+            }
             return select(x, self._ratio(training), dense_rows=dense_rows, **where, **rule)
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
-
-    def _channel_dim(self, x: Tensor, site: Site) -> int:
-        if site.channel_dim is not None:
-            return site.channel_dim
-        if x.dim() > 3 and self._rule["scope"] == "position":
-            raise SelectionError(
-                f"nothing tells which dimension of {tuple(x.shape)} holds the channels; set gate.channel_dim in the "
-                "policy (1 for images, -1 for channels last), or exclude the site."
-            )
-        return -1
-
-    def _cut(self, x: Tensor, threshold: float | None) -> Tensor:
-        # One standard operation, which keeps NaN and the memory format, and which every exporter knows.
-        if threshold is None:
-            return x
-        if self._rule["score"] == "magnitude":
-            return nn.functional.hardshrink(x, threshold)
-        return nn.functional.threshold(x, threshold, 0.0)
 
     def _fixed(self) -> dict[str, float] | None:
         """Return the fixed thresholds in force."""

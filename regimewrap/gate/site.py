@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from regimewrap.errors import SelectionError
 
 if TYPE_CHECKING:
     from regimewrap.gate.gate import TopKGate
@@ -31,6 +33,19 @@ class Site:
     multiplier: float = 1.0
     channel_dim: int | None = None
 
+    def channels_of(self, x: Tensor, scope: str) -> int:
+        """Return the dimension of ``x`` that holds its channels.
+
+        Raises:
+            SelectionError: position scope asks for it, and nothing tells.
+        """
+        if self.channel_dim is None and x.dim() > 3 and scope == "position":
+            raise SelectionError(
+                f"nothing tells which dimension of {tuple(x.shape)} holds the channels; set gate.channel_dim in the "
+                "policy (1 for images, -1 for channels last), or exclude the site."
+            )
+        return -1 if self.channel_dim is None else self.channel_dim
+
 
 #: Called at each gated site with the site, the activation's output, and what the gate made of it.
 Observer = Callable[[Site, Tensor, Tensor], None]
@@ -52,3 +67,13 @@ class SiteGate:
     def relu(self, function: Callable[..., Tensor], x: Tensor, training: bool) -> Tensor:
         """Return the gated ``function(x)``, a ReLU; see ``TopKGate.relu``."""
         return self.gate.relu(function, x, self.site, training)
+
+
+def cut(x: Tensor, threshold: float | None, score: str) -> Tensor:
+    """Return ``x`` with zeros where the score is not above a threshold; NaN stays, and ``None`` cuts nothing."""
+    # One standard operation, which keeps NaN and the memory format, and which every exporter knows.
+    if threshold is None:
+        return x
+    if score == "magnitude":
+        return nn.functional.hardshrink(x, threshold)
+    return nn.functional.threshold(x, threshold, 0.0)
