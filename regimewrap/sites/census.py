@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from regimewrap import topk
 from regimewrap.sites import catalog
 from regimewrap.sites.finder import Activation
 from regimewrap.sites.probe import Shapes
-from regimewrap.topk import op
 
 #: A file, and in it first and last line, first and last column.
 _Place = tuple[str, int | None, int | None, int | None, int | None]
@@ -75,7 +75,7 @@ class Census(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").partition(".")[0]  # relu.default
         # What a gate's own operator does inside is no activation of the model.
-        own = sys._getframe(2).f_globals.get("__name__") == op.__name__
+        own = str(sys._getframe(2).f_globals.get("__name__")).startswith(f"{topk.__name__}.")
         kind = catalog.kind_of_function(func) if not own else None
         inside = self.stack[-1] if self.stack else self.root
         if kind is not None and catalog.kind_of_module(inside) is None:

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from regimewrap import cli
+from regimewrap.train import commands
 
 # Everything that draws: dropout, crops, flips, colours, auto-augment, erased parts, mixup; and everything with a state.
 RICH = (
@@ -39,7 +39,7 @@ def stopping_at(monkeypatch, number, *updates):
         if len(seen) in updates:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(cli, "_show", show)
+    monkeypatch.setattr(commands, "_show", show)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_goes_on(train, tmp_pa
 
 
 def test_the_second_signal_stops_at_once(train, monkeypatch):
-    monkeypatch.setattr(cli, "_show", lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    monkeypatch.setattr(commands, "_show", lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     assert train().status == 130
 
 
