@@ -136,7 +136,7 @@ def test_a_sweep_draws_on_the_axes_it_is_given():
 def test_plotting_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
-    with pytest.raises(MissingExtraError, match=r"regimewrap\[cli\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[cli\]"):
         Sweep({1.0: 0.9}).plot()
 
 

@@ -100,5 +100,5 @@ def test_a_module_that_fails_to_import_says_why_on_one_line(here):
 def test_a_missing_package_names_its_extra(monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
 
-    with pytest.raises(MissingExtraError, match=rf"regimewrap\[{extra}\]"):
+    with pytest.raises(MissingExtraError, match=rf"\.\[{extra}\]"):
         load_model(f"{package}:resnet18")
