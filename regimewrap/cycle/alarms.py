@@ -68,7 +68,7 @@ class Alarms:
             return
         weights = _versions(gate)
         trained, self._weights = weights != self._weights, weights
-        blocks, self._blocks = gate.blocks_so_far, gate.blocks_so_far
+        blocks, self._blocks = gate.budget.blocks_so_far, gate.budget.blocks_so_far
         # A CUDA graph replays what passed once, and is not seen. Nor are blocks of at_keep_ratio, or a loop that only
         # counts.
         replayed = self._passed and any(each.device.type != "cpu" for each in _parameters(gate))
@@ -104,7 +104,7 @@ class Alarms:
         if due and not blind and keep_ratio < 1 and _cuts_a_batch_of_one(updates, policy.full_share):
             if not self._missed:
                 self._weights = _versions(gate)
-            self._blocks = gate.blocks_so_far
+            self._blocks = gate.budget.blocks_so_far
             self.looking, self._lowest = True, min(self._lowest, keep_ratio)
             gate.sample_next()
         # Until something was cut, each lower ratio is worth a look.

@@ -56,6 +56,7 @@ class TopKGate:
         dense_rows: the share of each batch's rows that run at the full budget in train mode, and the number of updates
             so far, which says which rows these are; float64 tensor of shape (2,) on the CPU. Change it with
             ``set_budget``.
+        budget: what both of these are filled from: what was set, and the blocks of ``at_keep_ratio`` that are open.
         sites: every gated ``Site``, in the order of the plan.
         thresholds: ``None``, or site names to fixed thresholds that stand in for the selection; see ``set_thresholds``.
         network: the threshold that all sites share in scope "network"; ``None`` in the other scopes.
@@ -67,8 +68,8 @@ class TopKGate:
 
     def __init__(self, policy: PolicyLike | None = None) -> None:
         self.policy = RegimePolicy.of(policy)
-        self._budget = Budget(Setting(1.0))
-        self.keep_ratio, self.dense_rows = self._budget.keep_ratio, self._budget.dense_rows
+        self.budget = Budget(Setting(1.0))
+        self.keep_ratio, self.dense_rows = self.budget.keep_ratio, self.budget.dense_rows
         self.sites: tuple[Site, ...] = ()
         self.thresholds: dict[str, float] | None = None
         self.observers: list[Observer] = []
@@ -134,10 +135,10 @@ class TopKGate:
         >>> float(gate.keep_ratio)
         0.1
         """
-        self._settle(self._budget.settled._replace(keep_ratio=require_ratio("keep_ratio", keep_ratio)))
+        self._settle(self.budget.settled._replace(keep_ratio=require_ratio("keep_ratio", keep_ratio)))
 
     def _settle(self, setting: Setting) -> None:
-        self._budget.settle(setting)
+        self.budget.settle(setting)
         self._aim()
 
     def _aim(self) -> None:
@@ -150,7 +151,7 @@ class TopKGate:
     def forcing(self, keep_ratio: float) -> Iterator[None]:
         """Let all rows run at a ratio; see ``at_keep_ratio``."""
         try:
-            with self._budget.forcing(keep_ratio):
+            with self.budget.forcing(keep_ratio):
                 self._aim()
                 yield
         finally:
@@ -162,11 +163,6 @@ class TopKGate:
         Compiled code does too. It costs two passes over each activation until ``take_sample``.
         """
         sampling.begin(self.keep_ratio)
-
-    @property
-    def blocks_so_far(self) -> int:
-        """How often ``at_keep_ratio`` has forced a ratio: passes in its blocks are not sampled."""
-        return self._budget.blocks_so_far
 
     def take_sample(self) -> GateSample:
         """Return what was noted since ``sample_next``, and note no more; waits for the device.
@@ -257,11 +253,11 @@ class TopKGate:
 
     def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._budget.look(x)
+            self.budget.look(x)
         fixed = self._fixed()
         if fixed is not None:
             return cut(x, fixed.get(site.name), self._rule["score"])
-        forced = self._budget.forced
+        forced = self.budget.forced
         if self._dense_in_eval and not training and not forced:
             return x
         if x.dim() == 1 and self._rule["scope"] == "sample" and self._cuts(training):
@@ -285,10 +281,10 @@ class TopKGate:
 
     def _fixed(self) -> dict[str, float] | None:
         """Return the fixed thresholds in force."""
-        return None if self._budget.forced else self.thresholds
+        return None if self.budget.forced else self.thresholds
 
     def _ratio(self, training: bool) -> Tensor:
-        if training or self._eval_ratio is None or self._budget.forced:
+        if training or self._eval_ratio is None or self.budget.forced:
             return self.keep_ratio
         return self._eval_ratio
 
@@ -325,8 +321,8 @@ class TopKGate:
         """Return a copy without what belongs to this one alone: its model, who watches or drives it, open blocks."""
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._budget = copy.deepcopy(self._budget, memo)
-        twin.keep_ratio, twin.dense_rows = twin._budget.keep_ratio, twin._budget.dense_rows
+        twin.budget = copy.deepcopy(self.budget, memo)
+        twin.keep_ratio, twin.dense_rows = twin.budget.keep_ratio, twin.budget.dense_rows
         twin.network = copy.deepcopy(self.network, memo)
         twin.observers, twin.driver, twin._root, twin._told = [], None, None, Told()
         twin.copies = weakref.WeakSet()
@@ -339,7 +335,7 @@ class TopKGate:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, copies=weakref.WeakSet())
-        self.keep_ratio, self.dense_rows = self._budget.keep_ratio, self._budget.dense_rows
+        self.keep_ratio, self.dense_rows = self.budget.keep_ratio, self.budget.dense_rows
         if self.network is not None:
             self.network.keep_ratio = self.keep_ratio
 

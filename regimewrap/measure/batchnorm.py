@@ -36,7 +36,7 @@ def of_another_budget(model: nn.Module, keep_ratios: Iterable[float]) -> str | N
         return None
     gate, seen = gate_of(model), _batches(layers)
     recalibrated, then = _RECALIBRATED.get(gate, (None, -1))
-    mixed = float(gate.dense_rows[1]) > 0 and gate.policy.cycle.strategy.kind != "dense"
+    mixed = gate.budget.settled.update > 0 and gate.policy.cycle.strategy.kind != "dense"
     home = recalibrated if then == seen else None if mixed else 1.0
     strange = [ratio for ratio in keep_ratios if ratio != home]
     if not strange:

@@ -17,10 +17,10 @@ def made() -> nn.Module:
     return regimewrap.wrap(model).eval()
 
 
-def served(model: nn.Module) -> list[str]:
+def served(model: nn.Module, keep_ratio: float = 0.1) -> list[str]:
     with torch.no_grad(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        regimewrap.serve(model, 0.1, example_inputs=X).close()
+        regimewrap.serve(model, keep_ratio, example_inputs=X).close()
     return [str(each.message) for each in said]
 
 
@@ -32,3 +32,12 @@ def test_after_recalibration_nothing_is_said():
     model = made()
     regimewrap.recalibrate_batchnorm(model, [X], 0.1)
     assert not any("recalibrate_batchnorm" in each for each in served(model))
+
+
+def test_a_mix_of_budgets_in_training_is_named_at_the_full_budget_too():
+    model = made().train()
+    cycler = regimewrap.RegimeCycler(model)
+    for _ in range(4):
+        model(X).square().mean().backward()
+        cycler.step()
+    assert any("taken over a mix of budgets in training" in each for each in served(model.eval(), 1.0))

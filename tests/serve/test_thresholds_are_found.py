@@ -294,7 +294,7 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
     gate = gate_of(model)
     assert (float(gate.keep_ratio), gate.thresholds, gate._recorder, gate.observers) == (0.7, {"act": 0.5}, None, [])
-    assert not gate._budget.forced
+    assert not gate.budget.forced
 
 
 def test_the_model_is_left_as_it_was_after_an_error_too():
@@ -308,7 +308,7 @@ def test_the_model_is_left_as_it_was_after_an_error_too():
         calibrate(model, batches())
     gate = gate_of(model)
     assert model.training
-    assert (float(gate.keep_ratio), gate.thresholds, gate._recorder, gate._budget.forced) == (1.0, None, None, False)
+    assert (float(gate.keep_ratio), gate.thresholds, gate._recorder, gate.budget.forced) == (1.0, None, None, False)
 
 
 def test_an_empty_loader_is_refused():
