@@ -81,6 +81,7 @@ def test_a_cycler_that_is_made_again_in_a_notebook_works():
     for _ in range(2):
         cycler = RegimeCycler(model)
         train(model, cycler, 3)
+        assert cycler.updates == 3
 
 
 def test_a_copied_pair_drives_on_both_sides():
@@ -89,6 +90,7 @@ def test_a_copied_pair_drives_on_both_sides():
     twin, twins = copy.deepcopy((model, cycler))
     for each, its in ((model, cycler), (twin, twins)):
         train(each, its, 20)
+        assert its.updates == 20
 
 
 def test_a_copy_of_the_cycler_alone_does_not_take_over():
@@ -111,6 +113,7 @@ def test_an_averaged_copy_that_was_unwrapped_is_let_go():
     unwrap(averaged)
 
     train(model, cycler, 3)
+    assert cycler.updates == 3
 
 
 def test_a_gate_that_another_tool_dropped_is_noticed():
@@ -174,6 +177,7 @@ def test_a_loop_that_only_counts_hears_nothing():
         cycler = RegimeCycler(model, name, total_steps=steps)
         for _ in range(300):
             cycler.step(1.0)
+        assert cycler.updates == 300
 
 
 def test_a_loop_that_steps_without_a_forward_now_and_then_hears_nothing():
@@ -183,13 +187,16 @@ def test_a_loop_that_steps_without_a_forward_now_and_then_hears_nothing():
         train(model, cycler, 2)
         for _ in range(3):
             cycler.step()
+    assert cycler.updates == 150
 
 
 @pytest.mark.parametrize("name", ["mixed", "sawtooth", "loss-reset", "dense"])
 def test_a_training_in_order_hears_nothing(name: str):
     model = wrap(bare(), name)
+    cycler = RegimeCycler(model, total_steps=400)
 
-    train(model, RegimeCycler(model, total_steps=400), 400)
+    train(model, cycler, 400)  # a warning would be an error
+    assert cycler.updates == 400
 
 
 @pytest.mark.parametrize("full_share", [0.5, 0.75, 0.97])
@@ -197,7 +204,9 @@ def test_a_training_in_order_hears_nothing(name: str):
 def test_updates_in_which_all_rows_are_dense_are_no_reason_to_refuse(batch: int, full_share: float):
     model = wrap(bare(), RegimePolicy(cycle={"full_share": full_share}))
 
-    train(model, RegimeCycler(model), 100, batch=batch)
+    cycler = RegimeCycler(model)
+    train(model, cycler, 100, batch=batch)
+    assert cycler.updates == 100
 
 
 # A gate that never cuts
