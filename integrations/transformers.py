@@ -7,8 +7,7 @@
     class RegimeTrainer(RegimeTrainerMixin, Trainer): ...
 
 The callback alone takes the loss from the trainer's logs. With the mixin it gets the loss of each update, and keep
-ratio, phase and density are logged. Saving, resuming and stopping stay the trainer's business, gating and cycling
-regimewrap's; only what passes between them is here.
+ratio, phase and density are logged. Only what passes between the trainer and regimewrap is here.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
             return {"args": {}, "attributes": {}}
         # Only rank 0 is asked, so what the others had to add was gathered when the save became due.
         known = self._shared is not None and self._shared["updates"] == self._cycler.updates
-        return {"args": {}, "attributes": {"regime": self._shared if known else self._saved()}}
+        return {"args": {}, "attributes": {"regime": self._shared if known else self._cycler.state_dict()}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wrap the model."""
@@ -237,13 +236,9 @@ class RegimeCallback(TrainerCallback, ExportableState):
         if not (control.should_save or best) or not self.cycler.policy.strategy.needs_signal:
             return
         if self._gets_each_loss:
-            self._shared = self._saved(all_ranks=True)
+            self._shared = self.cycler.state_dict(all_ranks=True)
         else:
             control.should_log = True
-
-    def _saved(self, *, all_ranks: bool = False) -> dict[str, Any]:
-        assert self._cycler is not None  # noqa: S101 - there is something to save
-        return self._cycler.state_dict(all_ranks=all_ranks)
 
 
 class RegimeTrainerMixin(Trainer):
