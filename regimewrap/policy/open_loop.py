@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self, final
 
 from pydantic import Field
 
-from regimewrap.policy.settings import NOT_A_BOOL, Ratio
+from regimewrap.policy.settings import NOT_A_BOOL, Ratio, Weight
 from regimewrap.policy.strategy import Move, Situation, Strategy
 
 # The golden ratio's conjugate as a share of 2^64, odd: its multiples visit the circle as evenly as any do.
@@ -18,16 +18,17 @@ _BITS = 24  # of a position on the circle that are looked at
 
 @final
 class Spread(Strategy):
-    """Another keep ratio at each update, log-uniform between the floor and 1.
+    """Another keep ratio at each update, log-uniform between the floor and 1; in a share of the updates the full budget.
 
-    A pure function of the number u of updates, ``floor ** (u · φ mod 1)`` with the golden ratio's conjugate φ = 0.618…:
-    a low-discrepancy sequence, so that a few updates in a row already visit small and large budgets alike; every second
-    update does too, which matters where updates take turns with the full budget. It begins at ratio 1. No signal, no
-    length of a run, nothing to save but u. The same on every machine, bit for bit: square roots and products alone.
+    A pure function of the number of updates. Updates go in pairs: with ``rest=0.5`` two at a moving ratio, two at 1, and
+    so on. Of the moving ones the u-th is at ``floor ** (u · φ mod 1)`` with the golden ratio's conjugate φ = 0.618…: a
+    low-discrepancy sequence, so that a few in a row already visit small and large budgets alike; every second one does
+    too, which matters where updates take turns with the full budget. It begins at ratio 1. No signal, no length of a
+    run, nothing to save but u. The same on every machine, bit for bit: square roots and products alone.
 
     >>> rule = Spread(floor=0.05)
-    >>> [round(rule.ratio(update), 3) for update in range(5)]
-    [1.0, 0.157, 0.493, 0.077, 0.242]
+    >>> [round(rule.ratio(update), 3) for update in range(10)]
+    [1.0, 0.157, 1.0, 1.0, 0.493, 0.077, 1.0, 1.0, 0.243, 0.763]
 
     Source: the additive recurrence of the golden ratio is Weyl's sequence; that it is the most even one is due to
     H. Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, 1992, chapter 3.
@@ -38,6 +39,7 @@ class Spread(Strategy):
 
     kind: Literal["spread"] = "spread"
     floor: Ratio = Field(0.05, description="The smallest keep ratio.")
+    rest: Weight = Field(0.5, description="The share of the updates at the full budget, in pairs.")
 
     def next_move(self, now: Situation) -> Move:
         """Return the ratio that belongs to the next update."""
@@ -45,6 +47,11 @@ class Spread(Strategy):
 
     def ratio(self, update: int) -> float:
         """Return the keep ratio, in [floor, 1], after so many updates."""
+        pair = update // 2
+        rested = math.floor(pair * self.rest)
+        if math.floor((pair + 1) * self.rest) > rested:
+            return 1.0
+        update -= 2 * rested
         place = (update * _GOLDEN & 0xFFFFFFFFFFFFFFFF) >> (64 - _BITS)
         roots, ratio = _roots(self.floor), 1.0
         while place:

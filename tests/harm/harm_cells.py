@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import deep_tasks
 import image_tasks
 import small_data
 import table_tasks
@@ -26,7 +27,7 @@ import regimewrap
 
 HOME = Path(__file__).parent
 CELLS = HOME / "cells"
-TASKS = {**image_tasks.TASKS, **table_tasks.TASKS, **view_tasks.TASKS, **text_tasks.TASKS}
+TASKS = {**image_tasks.TASKS, **deep_tasks.TASKS, **table_tasks.TASKS, **view_tasks.TASKS, **text_tasks.TASKS}
 ARMS = ("dense", "mixed", "sawtooth", "loss-reset", "accuracy-reset", "accuracy-relax")
 
 

@@ -104,7 +104,7 @@ def test_plateau_reset_resets_at_the_floor():
 
 
 def test_spread_is_log_uniform_at_every_update_and_at_every_second_one():
-    rule, floor = Spread(floor=0.05), 0.05
+    rule, floor = Spread(floor=0.05, rest=0), 0.05
     for step in (1, 2):
         for begin in (0, 7, 10**6):
             places = sorted(math.log(rule.ratio(begin + step * n)) / math.log(floor) for n in range(64))
@@ -122,15 +122,27 @@ def test_spread_begins_at_the_full_budget_and_stays_in_its_range():
     assert sum(ratio > 0.95 for ratio in ratios) > 200
 
 
+@pytest.mark.parametrize("rest", [0.25, 0.5, 0.75])
+def test_spread_rests_a_share_of_the_pairs_and_moves_on_from_where_it_was(rest: float):
+    moving, pairs = (
+        Spread(rest=0),
+        [(Spread(rest=rest).ratio(2 * n), Spread(rest=rest).ratio(2 * n + 1)) for n in range(1, 801)],
+    )
+    moved = [ratio for pair in pairs for ratio in pair if pair != (1.0, 1.0)]
+
+    assert sum(pair == (1.0, 1.0) for pair in pairs) == pytest.approx(800 * rest, abs=1)
+    assert moved == [moving.ratio(2 + n) for n in range(len(moved))]
+
+
 def test_spread_is_the_power_that_it_says_to_a_millionth():
     for floor in (0.05, 0.5, 1e-6):
         for update in (1, 2, 3, 1000, 12_345_678, 2**63):
             place = (update * 0x9E3779B97F4A7C15 % 2**64) / 2**64
-            assert Spread(floor=floor).ratio(update) == pytest.approx(floor**place, rel=2e-6)
+            assert Spread(floor=floor, rest=0).ratio(update) == pytest.approx(floor**place, rel=2e-6)
 
 
 def test_spread_is_the_same_on_every_machine_bit_for_bit():
-    assert [Spread(floor=0.05).ratio(update).hex() for update in (1, 2, 1_000_000)] == SPREAD
+    assert [Spread(floor=0.05, rest=0).ratio(update).hex() for update in (1, 2, 1_000_000)] == SPREAD
 
 
 @settings(deadline=None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
 from regimewrap.policy.policy import RegimePolicy
-from regimewrap.policy.strategies import Constant
+from regimewrap.policy.strategies import Constant, Spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +78,10 @@ def _fixed(keep_ratio: float) -> Callable[[int], RegimePolicy]:
     return build
 
 
+def _mixed_always(steps: int) -> RegimePolicy:
+    return RegimePolicy.preset("mixed", steps).replace(cycle={"strategy": Spread(rest=0.0)})
+
+
 #: Every arm by name. ``dense`` comes first; the others are compared with it.
 ARMS: dict[str, Arm] = {
     "dense": Arm("The full budget throughout, no regularisation."),
@@ -116,10 +120,14 @@ ARMS: dict[str, Arm] = {
     "accuracy-reset-half": Arm("The same for half of the batch.", _preset("accuracy-reset", 0.5)),
     "accuracy-relax": Arm("The method's relax strategy, rescaled to the run.", _preset("accuracy-relax", 0.0)),
     "accuracy-relax-half": Arm("The same for half of the batch.", _preset("accuracy-relax", 0.5)),
-    "mixed": Arm("Half of each batch dense, the other half at ratios spread over [0.05, 1].", _preset("mixed", 0.5)),
-    "random-mixed": Arm(
-        "As mixed, but the units that survive are drawn; nothing else differs.",
+    "mixed": Arm(
+        "Two updates with half of the batch dense and half at a ratio spread over [0.05, 1], two dense, and so on.",
         _preset("mixed", 0.5),
+    ),
+    "mixed-always": Arm("As mixed, but at every update.", _mixed_always),
+    "random-mixed": Arm(
+        "As mixed-always, but the units that survive are drawn; nothing else differs.",
+        _mixed_always,
         units="random",
     ),
     "narrow": Arm("For each budget a narrower dense net with that share of the multiply-adds.", nets="narrow"),

@@ -29,6 +29,9 @@ def build(task: Mnist1d | Images | Characters, data: Data, width: float = 1.0) -
     """Return a new network for a task, ``width`` times as wide; PyTorch's global generator draws its weights."""
     if isinstance(task, Mnist1d):
         return Convolutions(max(1, round(task.channels * width)), data.classes)
+    if isinstance(task, Images) and task.arch.startswith("mlp-"):
+        layers, units = map(int, task.arch.split("-")[1:])
+        return hidden_layers(data.x[0].numel(), layers, max(1, round(units * width)), data.classes)
     if isinstance(task, Images):
         depth, wide = parse_arch(task.arch)
         return WideResNet(depth, wide * width, data.classes, in_channels=data.x.shape[1], norm=task.norm)
@@ -60,6 +63,15 @@ def fitting_width(make: Callable[[float], nn.Module], share: float, measure: Cal
         middle = (low + high + 1) // 2
         low, high = (middle, high) if measure(make(middle / _FINEST)) <= limit else (low, middle - 1)
     return low / _FINEST
+
+
+def hidden_layers(inputs: int, layers: int, units: int, classes: int) -> nn.Sequential:
+    """Return a network of ``layers`` hidden layers, each of ``units`` units and a ReLU, and a linear classifier."""
+    parts: list[nn.Module] = [nn.Flatten()]
+    for _ in range(layers):
+        parts += [nn.Linear(inputs, units), nn.ReLU()]
+        inputs = units
+    return nn.Sequential(*parts, nn.Linear(inputs, classes))
 
 
 @final

@@ -14,7 +14,7 @@ from regimewrap import at_keep_ratio, calibrate, recalibrate_batchnorm, unwrap, 
 from regimewrap.recipes.study.arms import ARMS
 from regimewrap.recipes.study.nets import build, fitting_width, multiply_adds, parameters
 from regimewrap.recipes.study.spec import Characters
-from regimewrap.recipes.study.tasks import load
+from regimewrap.recipes.study.tasks import load, load_before
 from regimewrap.recipes.study.train import Setup, Trained, dense_policy, train
 from regimewrap.torch_private import BatchNorm
 
@@ -54,9 +54,20 @@ def make(cell: Cell, folder: Path | None = None, rank: int = 0, ranks: int = 1) 
         torch.manual_seed(cell.seed)
         return build(task, data, width)
 
+    def trained_before(width: float = 1.0) -> nn.Module:
+        model = fresh(width).to(device)
+        if isinstance(task, Characters) and task.before is not None:
+            first = task.replace(training=task.before.model_dump())
+            train(
+                model,
+                load_before(task),
+                Setup(ARMS["dense"], first, task.before.lr, None, cell.seed, None, rank, ranks),
+            )
+        return model
+
     if arm.nets != "one":
-        return _one_net_each(cell, data, setup, fresh, device)
-    model = fresh().to(device)
+        return _one_net_each(cell, data, setup, fresh, trained_before)
+    model = trained_before()
     trained = train(model, data, setup)
     full = cell.part == "test"
     out = _judged(model, data, task, cell.budgets, corrupt=full)
@@ -68,7 +79,11 @@ def make(cell: Cell, folder: Path | None = None, rank: int = 0, ranks: int = 1) 
 
 
 def _one_net_each(
-    cell: Cell, data: Data, setup: Setup, fresh: Callable[[float], nn.Module], device: torch.device
+    cell: Cell,
+    data: Data,
+    setup: Setup,
+    fresh: Callable[[float], nn.Module],
+    trained_before: Callable[[float], nn.Module],
 ) -> dict[str, Any]:
     memory = sum(cell.budgets)
     out: dict[str, Any] = {"accuracy": {}, "nll": {}, "ece": {}, "parameters": 0, "widths": {}}
@@ -77,7 +92,7 @@ def _one_net_each(
         narrow = setup.arm.nets == "narrow"
         share, measure = (budget, multiply_adds) if narrow else (budget / memory, parameters)
         width = fitting_width(fresh, share, partial(measure, data=data))
-        model = fresh(width).to(device)
+        model = trained_before(width)
         trained = train(model, data, setup)
         judged = _judged(model, data, cell.task, (1.0,), corrupt=False)
         for name in ("accuracy", "nll", "ece"):

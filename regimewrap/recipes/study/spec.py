@@ -51,14 +51,18 @@ class Mnist1d(Settings):
 
 @final
 class Images(Settings):
-    """Images and a wide residual network."""
+    """Images and a wide residual network, or hidden layers of one width."""
 
     kind: Literal["images"] = "images"
     data: str = Field(min_length=1, description="digits, cifar10 (torchvision), or a folder or zip of images.")
     side: Count | None = Field(None, description="Images are averaged down to so many pixels a side.")
     train_samples: Count | None = Field(None, description="Drawn by each seed; all if left out.")
     label_noise: Weight = Field(0.0, description="Share of the training labels replaced by another class.")
-    arch: str = Field("wrn-10-1", description="wrn-DEPTH-WIDTH.")
+    arch: str = Field(
+        "wrn-10-1",
+        pattern=r"^(wrn|mlp)-[0-9]{1,6}-[0-9]{1,6}$",
+        description="wrn-DEPTH-WIDTH, or mlp-LAYERS-UNITS: hidden layers and the units of each.",
+    )
     norm: Literal["rms", "batch"] = Field("rms", description="Normalisation layers.")
     training: Training
 
@@ -72,6 +76,9 @@ class Characters(Settings):
     layers: Count = Field(2, description="Transformer blocks.")
     width: Count = Field(96, description="Of the residual stream; a multiple of 32.")
     context: Count = Field(64, description="Characters in a sequence.")
+    before: Training | None = Field(
+        None, description="A dense training first; the arms then go on with the source code of the standard library."
+    )
     training: Training
 
 

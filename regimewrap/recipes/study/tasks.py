@@ -7,6 +7,8 @@ no training set of a trial overlaps. What takes long to make or decode is kept i
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import io
 import os
 import zipfile
@@ -35,6 +37,7 @@ _POOL, _VALIDATION, _TEST = 20_000, 5_000, 20_000  # of MNIST-1D
 _VALIDATION_SHARE = 0.2  # of the training images
 _TEXT_SHARES = (0.8, 0.9)  # where training ends and validation ends
 _TEST_WINDOWS = 400
+_SOURCES = ("argparse", "ast", "dataclasses", "inspect", "logging", "pathlib", "tarfile", "typing")
 
 
 @final
@@ -178,18 +181,27 @@ def _read_tree(path: Path) -> list[tuple[Tensor, Tensor]]:
     return parts
 
 
-def _characters(task: Characters, part: Part) -> Data:
+def load_before(task: Characters) -> Data:
+    """Return what a task's networks are trained on before the arms begin: the documentation."""
+    return _characters(task, "validation", before=True)
+
+
+def _characters(task: Characters, part: Part, *, before: bool = False) -> Data:
     from pydoc_data.topics import topics
 
-    text = "".join(topics[name] for name in sorted(topics))
-    alphabet = sorted(set(text))
+    texts = {"the text of Python's pydoc_data.topics": "".join(topics[name] for name in sorted(topics))}
+    if task.before is not None:
+        code = "".join(inspect.getsource(importlib.import_module(name)) for name in _SOURCES)
+        texts["the source code of eight modules of Python's standard library"] = code
+    alphabet = sorted(set("".join(texts.values())))
     number = {each: index for index, each in enumerate(alphabet)}
+    about, text = list(texts.items())[0 if before else -1]
     codes = torch.tensor([number[each] for each in text])
     first, second = (int(share * len(codes)) for share in _TEXT_SHARES)
     windows = codes[:first].unfold(0, task.context + 1, 1)
     judge = (codes[first:second] if part == "validation" else codes[second:]).unfold(0, task.context + 1, task.context)
     judge = judge[:: max(1, len(judge) // _TEST_WINDOWS)][:_TEST_WINDOWS]
-    about = f"the text of Python's pydoc_data.topics, {len(text)} characters of {len(alphabet)} kinds"
+    about = f"{about}, {len(text)} characters of {len(alphabet)} kinds"
     return Data(windows[:, :-1], windows[:, 1:], judge[:, :-1], judge[:, 1:], len(alphabet), about)
 
 

@@ -12,7 +12,7 @@ from regimewrap.recipes.study.arms import ARMS, trial
 from regimewrap.recipes.study.cells import final_cell
 from regimewrap.recipes.study.nets import build, fitting_width, multiply_adds, parameters
 from regimewrap.recipes.study.outcomes import _figures, make
-from regimewrap.recipes.study.tasks import load
+from regimewrap.recipes.study.tasks import load, load_before
 from regimewrap.recipes.study.train import _Penalty, _random_units, _schedule, _without_largest
 
 pytestmark = pytest.mark.filterwarnings("ignore:the keep ratio has been at its floor", "ignore:no gate")
@@ -55,6 +55,29 @@ def test_the_same_cell_comes_out_the_same_and_another_seed_does_not(study, norm)
 def test_arms_of_a_seed_start_from_the_same_weights_with_the_same_samples(study):
     losses = {arm: make(cell_of(study, "text", arm))["trace"][0] for arm in ("dense", "weight-decay", "restarts", "l1")}
     assert len({tuple(point) for point in losses.values()}) == 1
+
+
+def test_a_network_trained_before_goes_on_with_other_text_from_where_it_was(study):
+    before = {"steps": 30, "batch_size": 8, "optimizer": "adamw", "lr": 0.01}
+    new, trained = (
+        make(cell_of(study, "text", arm, before=each)) for arm, each in (("dense", None), ("dense", before))
+    )
+    assert trained["trace"][0][2] < new["trace"][0][2] - 0.2
+    narrow = make(cell_of(study, "text", "narrow", before=before))
+    assert narrow["nll"]["1"] == trained["nll"]["1"]
+    first, then = (
+        load_before(study.tasks["text"].replace(before=before)),
+        load(study.tasks["text"].replace(before=before), 0, "test"),
+    )
+    assert first.classes == then.classes
+    assert first.about != then.about
+
+
+def test_hidden_layers_are_as_many_and_as_wide_as_their_name_says(study):
+    cell = cell_of(study, "digits", "dense", arch="mlp-2-12")
+    model = build(cell.task, load(cell.task, 0, "test"))
+    assert [each.out_features for each in model if isinstance(each, nn.Linear)] == [12, 12, 10]
+    assert make(cell)["multiply_adds"] == 64 * 12 + 12 * 12 + 12 * 10
 
 
 def test_the_order_of_samples_is_the_seed_s_and_leaves_out_parts_of_batches(study):
