@@ -18,13 +18,13 @@ _BITS = 24  # of a position on the circle that are looked at
 
 @final
 class Spread(Strategy):
-    """Another keep ratio at each update, log-uniform between the floor and 1; in a share of the updates the full budget.
+    """Another keep ratio at each update, log-uniform between the floor and 1, or the full budget.
 
-    A pure function of the number of updates. Updates go in pairs: with ``rest=0.5`` two at a moving ratio, two at 1, and
-    so on. Of the moving ones the u-th is at ``floor ** (u · φ mod 1)`` with the golden ratio's conjugate φ = 0.618…: a
-    low-discrepancy sequence, so that a few in a row already visit small and large budgets alike; every second one does
-    too, which matters where updates take turns with the full budget. It begins at ratio 1. No signal, no length of a
-    run, nothing to save but u. The same on every machine, bit for bit: square roots and products alone.
+    Updates go in pairs: with ``rest=0.5`` two at a moving ratio, two at the full budget, and so on. Of those that move,
+    the u-th is at ``floor ** (u · φ mod 1)`` with the golden ratio's conjugate φ = 0.618…: a low-discrepancy sequence,
+    so that a few in a row already visit small and large budgets alike; every second one does too, which matters where
+    updates take turns with the full budget. It begins at ratio 1. The ratio follows from the number of updates alone:
+    no signal, no length of a run. The same on every machine, bit for bit: square roots and products alone.
 
     >>> rule = Spread(floor=0.05)
     >>> [round(rule.ratio(update), 3) for update in range(10)]
