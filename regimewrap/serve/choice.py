@@ -14,6 +14,8 @@ from typing import final
 
 from torch import Tensor
 
+#: How many inputs are not zero; where a GPU has counted them for each row, a tensor there.
+Found = int | Tensor
 #: Calls of each kind from which a choice is made.
 ROUNDS = 5
 #: Sparse must take at most this share of the dense time: what is not clearly faster stays dense.
@@ -53,7 +55,11 @@ class Choice:
         return statistics.mean(found for _, found in self._sparse) / max(self.units, 1) if self._sparse else math.nan
 
     def call(
-        self, dense: Callable[[], Tensor], sparse: Callable[[float], tuple[Tensor | None, int]], kind: str | None = None
+        self,
+        dense: Callable[[], Tensor],
+        sparse: Callable[[float], tuple[Tensor | None, Found]],
+        kind: str | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> Tensor:
         """Return what one of the two returns, and learn from how long it took while that is not settled.
 
@@ -62,6 +68,7 @@ class Choice:
             sparse: takes the number of inputs above which it is to give up, and returns ``None`` in that case; and how
                 many it found.
             kind: "dense" or "sparse" to have that one, whatever is faster.
+            clock: tells seconds, after the device has done its work.
         """
         if self.most is not None:
             most = self.most if kind is None else math.inf if kind == "sparse" else 0.0
@@ -69,15 +76,16 @@ class Choice:
             return dense() if y is None else y
         if kind is None:
             kind = "dense" if len(self._dense) <= len(self._sparse) else "sparse"
-        began = time.perf_counter()
+        began = clock()
         if kind == "sparse":
             y, found = sparse(math.inf)
             if y is not None:
-                self._sparse.append((time.perf_counter() - began, found))
+                seconds = clock() - began
+                self._sparse.append((seconds, int(found.sum() if isinstance(found, Tensor) else found)))
                 self._settle()
                 return y
         y = dense()
-        self._dense.append(time.perf_counter() - began)
+        self._dense.append(clock() - began)
         self._settle()
         return y
 

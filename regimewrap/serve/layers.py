@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from regimewrap.errors import to_install
 from regimewrap.serve import stock
+from regimewrap.serve.choice import Found
 from regimewrap.serve.cpu import dispatch as cpu
+from regimewrap.serve.gpu import dispatch as gpu
 from regimewrap.serve.partners import Link
 from regimewrap.topk.selection import INTEGERS
 
@@ -25,9 +27,9 @@ class CannotSkip(Exception):  # noqa: N818  it says why a layer stays dense; no 
 class Laid:
     """A layer's weight laid out so that each input has a row of its own; never staler than the layer.
 
-    Writes to a weight raise its version, and new weights have other memory. Writes around both (through ``weight.data``
-    or numpy) are found by comparing the bits of 16 elements, spread evenly, in each call: a new ``weight.data`` is
-    found, one element of it that is none of these is not.
+    Writes to a weight raise its version, and new weights have other memory. On a CPU, writes around both (through
+    ``weight.data`` or numpy) are found by comparing the bits of 16 elements, spread evenly, in each call: a new
+    ``weight.data`` is found, one element of it that is none of these is not. On a GPU that would wait for the device.
     """
 
     def __init__(self, module: nn.Module, lay: Callable[[Tensor], Tensor]) -> None:
@@ -44,9 +46,10 @@ class Laid:
         state = self._state
         if state is None or state[0] != stamp or state[1][state[2]].tobytes() != state[3]:
             with self._lock:
-                bits = weight.detach().view(INTEGERS[weight.dtype][0]).numpy()
-                spread = torch.linspace(0, max(weight.numel() - 1, 0), 16, dtype=torch.float64).long()
-                places = tuple(each.numpy() for each in torch.unravel_index(spread, weight.shape))
+                looked_at = weight.detach() if weight.device.type == "cpu" else torch.zeros(1, dtype=weight.dtype)
+                bits = looked_at.view(INTEGERS[weight.dtype][0]).numpy()
+                spread = torch.linspace(0, max(looked_at.numel() - 1, 0), 16, dtype=torch.float64).long()
+                places = tuple(each.numpy() for each in torch.unravel_index(spread, looked_at.shape))
                 seen = bits[places].tobytes()
                 laid = self._lay(weight.detach()) if bool(torch.isfinite(weight).all()) else None
                 state = self._state = stamp, bits, places, seen, laid
@@ -67,8 +70,11 @@ class Product:
         self.module = module
         self.laid = Laid(module, lay)
 
-    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
-        """Return what the layer makes of ``x``; ``None`` where more than ``most`` inputs are not zero."""
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, Found]:
+        """Return what the layer makes of ``x``, and how many inputs are not zero; ``None`` if these are more than ``most``.
+
+        On a GPU the number stays on the device, and there is always a result.
+        """
         raise NotImplementedError
 
     def positions(self, x: Tensor) -> int:
@@ -88,33 +94,31 @@ class Product:
 class LinearProduct(Product):
     """``nn.Linear``, and the transposed one that some transformers are made of.
 
-    float32 goes to the compiled kernels where these can be used, everything else to stock torch.
+    On a CPU float32 goes to the compiled kernels where these can be used, everything else to stock torch.
     """
 
     def __init__(self, module: nn.Module, transposed: bool) -> None:
         super().__init__(module, self._lay)
         self._transposed = transposed
 
-    def _compiled(self, dtype: torch.dtype) -> bool:
-        return dtype == torch.float32 and cpu.KERNELS.get() is not None
+    def _compiled(self, x: Tensor) -> bool:
+        return x.dtype == torch.float32 and x.device.type == "cpu" and cpu.KERNELS.get() is not None
 
     def _lay(self, weight: Tensor) -> Tensor:
         weight_t = weight if self._transposed else weight.t()
-        return (
-            cpu.laid_convolution(weight_t.t()[:, :, None, None])
-            if self._compiled(weight.dtype)
-            else weight_t.contiguous()
-        )
+        return cpu.laid_convolution(weight_t.t()[:, :, None, None]) if self._compiled(weight) else weight_t.contiguous()
 
-    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, Found]:
         """See ``Product``."""
         laid = self.laid.get()
         weight: Any = self.module._parameters["weight"]
         outputs, inputs = weight.shape[::-1] if self._transposed else weight.shape
-        if laid is None or x.dtype != weight.dtype or x.shape[-1] != inputs:
+        if laid is None or x.dtype != weight.dtype or x.shape[-1] != inputs or x.device != weight.device:
             return None, x.numel()
         rows, bias = x.reshape(-1, inputs), self.module._parameters["bias"]
-        if self._compiled(x.dtype):
+        if x.is_cuda:
+            y, found = gpu.linear(rows.contiguous(), laid, bias)
+        elif self._compiled(x):
             y, found = cpu.linear(rows, laid, bias, outputs, most)
         else:
             y, found = stock.rows(rows, laid, bias, most)
@@ -123,7 +127,7 @@ class LinearProduct(Product):
     def positions(self, x: Tensor) -> int:
         """See ``Product``; in stock torch many rows are hopeless."""
         rows = math.prod(x.shape[:-1])
-        return rows if rows <= 32 or self._compiled(x.dtype) else 0
+        return rows if rows <= (gpu.MOST_ROWS if x.is_cuda else 32) or self._compiled(x) else 0
 
 
 @final
@@ -134,19 +138,24 @@ class RowsProduct(Product):
         super().__init__(module, lambda w: w.contiguous())
         self._link = link
 
-    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, Found]:
         """See ``Product``; the rest of the output is zero."""
         weight, active = self.laid.get(), self._link.take()
         if weight is None or active is None or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
             return None, 0
         if active.shape != (*x.shape[:-1], len(weight)) or active.dtype != x.dtype:
             return None, 0
-        return cpu.some_rows(x, weight, self.module._parameters["bias"], active, most)
+        bias = self.module._parameters["bias"]
+        if not x.is_cuda:
+            return cpu.some_rows(x, weight, bias, active, most)
+        flat = (each.reshape(-1, each.shape[-1]).contiguous() for each in (x, active))
+        y, found = gpu.some_outputs(next(flat), weight, bias, next(flat))
+        return (None if y is None else y.view(active.shape)), found
 
     def positions(self, x: Tensor) -> int:
         """See ``Product``."""
-        rows = math.prod(x.shape[:-1])
-        return rows if rows <= 32 else 0  # each has rows of the weight of its own
+        rows = math.prod(x.shape[:-1])  # each has rows of the weight of its own
+        return rows if rows <= (gpu.MOST_ROWS if x.is_cuda else 32) else 0
 
     def units(self, x: Tensor) -> int:
         """See ``Product``."""
@@ -178,7 +187,7 @@ class ConvProduct(Product):
         neutral: Any = ((1,), (1,), (0,), (1,)) if self._flat else ((),) * 4
         self._window = tuple(int(each) for new, old in zip(neutral, settings, strict=True) for each in (*new, *old))
 
-    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, int]:
+    def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, Found]:
         """See ``Product``."""
         laid = self.laid.get()
         images = x.unsqueeze(-2) if self._flat else x
@@ -217,8 +226,13 @@ def product_of(module: nn.Module) -> Product | None:
         raise CannotSkip("its weight is computed anew in each call")
     if "forward" in module.__dict__:
         raise CannotSkip("something has put a forward of its own on it")
-    if weight.device.type != "cpu":
-        raise CannotSkip(f"it is on {weight.device}; zeros are skipped on CPUs")
+    on_gpu = weight.device.type == "cuda"
+    if on_gpu and (conv or weight.dtype not in gpu.DTYPES or gpu.KERNELS.get() is None):
+        raise CannotSkip(
+            f"it is on {weight.device}; there linear layers skip zeros, by Triton, in float16, 32 or bfloat16"
+        )
+    if not on_gpu and weight.device.type != "cpu":
+        raise CannotSkip(f"it is on {weight.device}; zeros are skipped on CPUs and CUDA GPUs")
     if weight.is_inference():
         raise CannotSkip("its weight was made in inference mode, where changes of it cannot be noticed")
     if weight.dtype not in stock.DTYPES:

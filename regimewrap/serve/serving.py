@@ -20,7 +20,7 @@ from regimewrap.policy.policy import require_ratio
 from regimewrap.serve.calibration import Calibration
 from regimewrap.serve.candidates import Candidate, candidates
 from regimewrap.serve.choice import ROUNDS
-from regimewrap.serve.served import SERVED_ATTRIBUTE, Served, SparseForward
+from regimewrap.serve.served import SERVED_ATTRIBUTE, Served, SparseForward, device_clock
 from regimewrap.sites.probe import as_call, untouched
 from regimewrap.topk.cpu import dispatch as selecting
 
@@ -40,7 +40,7 @@ def serve(
     the gated model within the rounding of its sums. Parameters, keys, hooks and modules stay as they are.
 
     Args:
-        model: a wrapped model on the CPU, in eval mode. It is served in place, under ``torch.no_grad`` or
+        model: a wrapped model on a CPU or a CUDA GPU, in eval mode. It is served in place, under ``torch.no_grad`` or
             ``torch.inference_mode``.
         keep_ratio: the budget, a fraction in (0, 1]; ``served.keep_ratio`` moves it later.
         example_inputs: what the model will be called with: a tensor, a tuple of arguments or a dict of keywords.
@@ -104,12 +104,14 @@ def _nothing(model: nn.Module, found: list[Candidate]) -> str:
 def _measure(served: Served, example_inputs: Any) -> None:
     """Compare both ways, time the layers in whole forward passes, then the whole model."""
     model = served._model
+    on_gpu = any(each.is_cuda for each in model.parameters())
+    clock = device_clock if on_gpu else time.perf_counter
 
     def timed() -> float:
         args, kwargs = _fresh(example_inputs)
-        began = time.perf_counter()
+        began = clock()
         model(*args, **kwargs)
-        return time.perf_counter() - began
+        return clock() - began
 
     with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         with _compared(served):

@@ -1,0 +1,1 @@
+"""Products that skip zeros on a GPU, for one to four rows."""
