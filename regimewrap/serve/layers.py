@@ -71,9 +71,9 @@ class Product:
         self.laid = Laid(module, lay)
 
     def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, Found]:
-        """Return what the layer makes of ``x``, and how many inputs are not zero; ``None`` if these are more than ``most``.
+        """Return what the layer makes of ``x``, and how many inputs are not zero.
 
-        On a GPU the number stays on the device, and there is always a result.
+        On a CPU the result is ``None`` if these are more than ``most``. On a GPU their number stays on the device.
         """
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Products that skip zeros on a GPU against dense ones, for few rows: single layers, and whole models served.
 
-Layers are timed by replaying a CUDA graph of 20 calls with copies of the weight that together are larger than the cache,
-so that launches cost nothing and weights come from memory; models as they are called, launches and all.
+Layers are timed by replaying a CUDA graph of 20 calls with copies of the weight that are together larger than the
+cache, so that launches cost nothing and weights come from memory; models as they are called, launches and all.
 
     python tests/benchmarks/serve_gpu.py [--rounds 11] [--json FILE]
 """
