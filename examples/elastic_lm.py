@@ -1,6 +1,6 @@
 """One character LM, trained once, served at four budgets: nats and tokens a second in one table.
 
-Trains with the default policy (half of each batch dense, the others at a ratio that moves), then skips the zeros.
+Trains with the default policy (half of each batch, two updates in four, at a ratio that moves), then skips the zeros.
 The model reads 16 letters and tells the next one, so that each token is a chain of wide layers at batch 1.
 """
 

@@ -88,7 +88,8 @@ class RegimePolicy(Settings):
         """Return a ready policy.
 
         - ``mixed``, the default: half of each batch at the full budget, the other half at a ratio that visits [0.05, 1]
-          log-uniformly, another one at each update. It needs no signal and no length of a run.
+          log-uniformly, another one at each update. After two such updates come two at the full budget, and so on. It
+          needs no signal and no length of a run.
         - ``sawtooth``: the other half goes from 1 to 0.05 and back at once, a dozen times. Needs the length.
         - ``loss-reset``: compresses to 0.05 and resets, early if the training loss falls behind its best at a like
           budget. Needs the length and ``step(loss)``.
