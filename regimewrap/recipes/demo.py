@@ -38,7 +38,7 @@ def demo_arms() -> dict[str, tuple[str, RegimePolicy]]:
             RegimePolicy.preset("dense"),
         ),
         "mixed": (
-            "The default: half of each batch, in two updates of four, at a ratio that visits 0.05 to 1; else the full budget.",
+            "The default: half of each batch at a ratio from 0.05 to 1, in two updates of four; else the full budget.",
             RegimePolicy.preset("mixed"),
         ),
     }

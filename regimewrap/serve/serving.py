@@ -26,6 +26,8 @@ from regimewrap.topk.cpu import dispatch as selecting
 
 #: Seconds after which no further round is begun, once there are enough to choose.
 _LONG = 10.0
+#: Times of the whole model, served over dense, above which a warning says so.
+_SLOWER = 1.1
 #: How far a sparse result may be from the dense one, relative to the largest output.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -138,12 +140,26 @@ def _measure(served: Served, example_inputs: Any) -> None:
         warnings.warn(notice, RuntimeWarning, stacklevel=3)
     served.measured_ratio = served.keep_ratio
     served.dense_ms, served.served_ms = 1e3 * min(dense), 1e3 * min(sparse)
+    told = slower(served)
+    if told:
+        warnings.warn(told, stacklevel=3)
+
+
+def slower(served: Served) -> str:
+    """Return a warning where serving does not pay, else nothing; times below a millisecond are told in the table."""
+    name = type(served._model).__name__
     if all(row.most_density == 0.0 for row in served.layers if not row.why):
-        warnings.warn(
-            f"no layer of {type(model).__name__} is faster sparse at keep ratio {served.keep_ratio:g} on this machine, "
-            "so all run dense. print() what serve returned for the times; try a smaller ratio or a smaller batch.",
-            stacklevel=3,
+        return (
+            f"no layer of {name} is faster sparse at keep ratio {served.keep_ratio:g} on this machine, so all run dense. "
+            "print() what serve returned for the times; try a smaller ratio or a smaller batch."
         )
+    if served.dense_ms > 1.0 and served.served_ms > _SLOWER * served.dense_ms:
+        return (
+            f"{name} takes {served.served_ms / served.dense_ms:.2f} times as long served at keep ratio "
+            f"{served.keep_ratio:g} as dense at the full budget, on this machine: selecting costs more than skipping "
+            "saves. print() what serve returned for the times; try one thread, a calibration or a smaller ratio."
+        )
+    return ""
 
 
 def _fresh(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

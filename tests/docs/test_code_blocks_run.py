@@ -55,7 +55,6 @@ def test_the_pages_with_code_are_found():
 
 
 @pytest.mark.filterwarnings("ignore:.*recalibrate_batchnorm:RuntimeWarning")  # the reader's model has BatchNorm
-@pytest.mark.filterwarnings("ignore:no layer of .* is faster sparse:UserWarning")  # a busy machine may find that
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_a_page_runs_and_prints_what_the_page_shows(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ from torch import nn
 
 from regimewrap import GatePolicy, RegimePolicy, at_keep_ratio, calibrate, gate_of, serve, unwrap, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, ServeError, StateError
+from regimewrap.serve.serving import slower
 
 X = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 WIDE = 1024
@@ -297,3 +298,14 @@ def test_position_scope_serves_tokens():
     with quiet(model, 0.1, example_inputs=x) as served:
         force(served)
         assert close_to(model(x), expected)
+
+
+def test_a_model_that_is_slower_served_is_told_with_how_much(model):
+    with serve(model, 0.1, example_inputs=X) as served:
+        served._forwards["3"].choices.clear()
+        choice = served._forwards["3"].choice(gate_of(model), 1, WIDE)
+        choice.most = 100.0  # a layer that is sparse
+        served._shown["3"] = 1, WIDE
+        for dense, ms, told in ((2.0, 2.1, False), (2.0, 3.0, True), (0.02, 0.03, False), (2.0, 1.0, False)):
+            served.dense_ms, served.served_ms = dense, ms
+            assert ("takes 1.50 times as long served at keep ratio 0.1" in slower(served)) == told
