@@ -150,8 +150,8 @@ def slower(served: Served) -> str:
     name = type(served._model).__name__
     if all(row.most_density == 0.0 for row in served.layers if not row.why):
         return (
-            f"no layer of {name} is faster sparse at keep ratio {served.keep_ratio:g} on this machine, so all run dense. "
-            "print() what serve returned for the times; try a smaller ratio or a smaller batch."
+            f"no layer of {name} is faster sparse at keep ratio {served.keep_ratio:g} on this machine, so all run "
+            "dense. print() what serve returned for the times; try a smaller ratio or a smaller batch."
         )
     if served.dense_ms > 1.0 and served.served_ms > _SLOWER * served.dense_ms:
         return (

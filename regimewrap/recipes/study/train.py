@@ -110,7 +110,8 @@ def _loop(
     cast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
     model.train()
     ratios, looks, bound, out = 0.0, 0, 0, Trained()
-    look_every, point_every = max(1, settings.steps // _LOOKS), max(1, settings.steps // _POINTS)
+    # An odd number, so that of a rule that rests in turn not the same updates are looked at each time.
+    look_every, point_every = max(1, settings.steps // _LOOKS) | 1, max(1, settings.steps // _POINTS)
     batches = data.order(setup.seed, settings.batch_size)
     for step, index in enumerate(islice(batches, settings.steps)):
         for group in optimizer.param_groups:
