@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -216,7 +217,7 @@ def _named(
         counts[call.short] += 1
         suffix = f"_{counts[call.short]}" if counts[call.short] > 1 else ""
         inside = through[-1].function.__name__ if through else method.name
-        problem = _problem(inside, call)
+        problem = _problem(inside, through[-1].function if through else method.function, call)
         if any(calls_itself(each.function) for each in through):
             problem = f"the function {inside} calls itself, or one that calls it does"
         name = f"{place}.{call.short}{suffix}"
@@ -274,8 +275,13 @@ def _elsewhere(
                     yield Activation(f"{name}{suffix}", label or kind, kind, path, problem=problem)
 
 
-def _problem(method: str, call: Call) -> str | None:
+def _problem(method: str, function: types.FunctionType | types.MethodType, call: Call) -> str | None:
     if call.span == NOWHERE:
+        code = code_of(function)
+        if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+            return f"{method} is async; write it without, or its activations as modules"
+        if code.co_name == "<lambda>":
+            return "a lambda does more there than call one activation; make it a method, or its activations modules"
         return f"{method} has no readable source, or it is not the code that runs (was the file edited meanwhile?)"
     if call.dropped and call.target is None:
         return f"{method} drops its result; assign it"

@@ -537,3 +537,46 @@ def test_a_slice_of_a_list_up_to_what_the_forward_pass_decides_is_followed():
             return x
 
     assert len(plan(UpTo()).gated) == 3
+
+
+class Async(Base):
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    async def named(self, x):
+        return F.relu(self.a(x))
+
+    async def held(self, x):
+        return self.activation(self.a(x))
+
+    def forward(self, x):
+        try:
+            (self.named if self.activation is None else self.held)(x).send(None)
+        except StopIteration as done:
+            return self.b(done.value)
+
+
+class OneLambdaOfTwo(Base):
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.c, self.activation = nn.Linear(16, 16), activation
+        if activation is None:
+            self.hidden = lambda x: F.relu(self.c(F.relu(self.a(x))))
+        else:
+            self.hidden = lambda x: self.activation(self.c(self.activation(self.a(x))))
+
+    def forward(self, x):
+        return self.b(self.hidden(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"), [(Async, "is async; write it without, or"), (OneLambdaOfTwo, "a lambda does more there than call")]
+)
+def test_what_is_not_rewritten_says_why_and_its_advice_works(make, why):
+    with pytest.raises(UnreachableSiteError, match=why):
+        wrap(make(None))
+    policy = RegimePolicy(sites=SitePolicy(exclude=("named.relu",)))
+    model = wrap(make(nn.ReLU()), policy if make is Async else None, example_inputs=torch.randn(2, 8))
+    with at_keep_ratio(model, 0.5):
+        assert verify(model, torch.randn(2, 8)).escaped == ()
