@@ -1,4 +1,7 @@
-"""Draw docs/explanation/evidence.svg from the cells beside this file: gains over dense at each budget.
+"""Draw the figures of docs/explanation/evidence.md from the cells and times beside this file.
+
+``evidence.svg``: gains over dense at each budget. ``evidence-latency.svg``: accuracy over milliseconds, of one network
+served at four budgets and of thinner dense ones.
 
 Run from the repository's root, with matplotlib installed: python docs/evidence/draw.py
 """
@@ -18,7 +21,19 @@ BUDGETS = ("1", "0.5", "0.2", "0.1", "0.05")
 PANELS = (
     ("mnist1d", "plain", "accuracy", "MNIST-1D, points", (-6, 12)),
     ("digits", "digits-1000", "accuracy", "Digits, points", (-6, 14)),
+    ("cifar10-small", "rms", "accuracy", "CIFAR-10 at 16 pixels, points", (-6, 14)),
     ("characters", "gelu", "nll", "Characters (GELU), nats saved", (-0.42, 0.2)),
+)
+#: Times, the study, the task of the network that is served, and the tasks of the dense ones by their width.
+LATENCIES = (
+    ("wrn", "cifar10-wrn28", "wrn-28-4", {4: "wrn-28-4", 3: "wrn-28-3"}, "WRN-28 at 16 pixels"),
+    (
+        "mlp",
+        "cifar10-mlp",
+        "mlp-3072",
+        {3072: "mlp-3072", 1024: "mlp-1024", 768: "mlp-768", 512: "mlp-512"},
+        "Three hidden layers",
+    ),
 )
 TRIALS = 100_000  # seeds of trials begin here
 ARMS = {"mixed": "C0", "fixed-0.1": "C1", "accuracy-reset": "C2", "weight-decay": "C3"}
@@ -36,10 +51,34 @@ def figures(study: str, task: str, outcome: str) -> dict[str, dict[int, list[flo
     return found
 
 
+def over_milliseconds() -> None:
+    """Draw accuracy over milliseconds."""
+    figure, axes = plt.subplots(1, len(LATENCIES), figsize=(7, 3), layout="constrained")
+    for axis, (net, study, served, widths, title) in zip(axes, LATENCIES, strict=True):
+        rows = json.loads((HERE / f"latency-{net}.json").read_text())["tables"][0]["rows"]
+        ms = {(row["way"], float(row["width or keep ratio"])): row["ms"] for row in rows}
+        lines = {
+            "dense, thinner and thinner": [
+                (ms["dense", width], figures(study, task, "accuracy")["dense"], 0) for width, task in widths.items()
+            ],
+            "mixed, served at 0.2, 0.1, 0.05": [
+                (ms["served", float(budget)], figures(study, served, "accuracy")["mixed"], BUDGETS.index(budget))
+                for budget in ("0.2", "0.1", "0.05")
+            ],
+        }
+        for label, points in lines.items():
+            means = [np.mean([values[place] for values in runs.values()]) for _, runs, place in points]
+            axis.plot([time for time, _, _ in points], means, "o-", label=label)
+        axis.set(title=title, xlabel="milliseconds, one image, one thread")
+    axes[0].set_ylabel("accuracy in %")
+    axes[1].legend(frameon=False)
+    figure.savefig(HERE.parent / "explanation" / "evidence-latency.svg", metadata={"Date": None})
+
+
 def main() -> None:
-    """Draw one panel a study."""
+    """Draw one panel a study, then the times."""
     mpl.rcParams.update({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3), layout="constrained")
     for axis, (study, task, outcome, title, limits) in zip(axes, PANELS, strict=True):
         found = figures(study, task, outcome)
         places = np.arange(len(BUDGETS))
@@ -56,6 +95,7 @@ def main() -> None:
     axes[0].set_ylabel("above dense")
     axes[0].legend(frameon=False)
     figure.savefig(HERE.parent / "explanation" / "evidence.svg", metadata={"Date": None})
+    over_milliseconds()
 
 
 if __name__ == "__main__":
