@@ -1,4 +1,4 @@
-"""Every Python block of README and docs runs, a page's blocks one after the other as a reader would type them."""
+"""Every Python block of README and docs runs, a page's blocks one after the other, and no name is given to them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import regimewrap
 from regimewrap.policy import strategies
 
 ROOT = Path(__file__).parents[2]
@@ -33,23 +29,6 @@ def _skip_without_optional_packages(text: str) -> None:
             pytest.skip(f"needs {name}")
 
 
-def _names_of_the_reader() -> dict[str, Any]:
-    """What pages that show only our part may take for granted: a model, data, a loss, an optimizer, a metric."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 2))
-    x, y = torch.randn(64, 8), torch.randint(0, 2, (64,))
-    return {
-        "torch": torch,
-        "regimewrap": regimewrap,
-        "model": model,
-        "x": x,
-        "loader": list(zip(x.split(16), y.split(16), strict=True)),
-        "criterion": nn.CrossEntropyLoss(),
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "evaluate": lambda model: (model(x).argmax(1) == y).float().mean().item(),
-    }
-
-
 def test_the_pages_with_code_are_found():
     assert {"README.md", "docs/index.md", "docs/tutorials/first-run.md"} <= PAGES.keys()
 
@@ -65,8 +44,6 @@ def test_code_of_a_page_runs_and_prints_what_the_page_shows(
     monkeypatch.setattr(strategies, "_KINDS", dict(strategies._KINDS))  # a page may register one
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    if page not in {"README.md", "docs/tutorials/first-run.md"}:  # these take nothing for granted
-        vars(module).update(_names_of_the_reader())
     try:
         for block in FENCED.finditer(text):
             if block[1] == "text":
