@@ -25,7 +25,7 @@ from regimewrap.gate.site import GATE_ATTRIBUTE, SITES_ATTRIBUTE, Observer, Reco
 from regimewrap.gate.told import Told
 from regimewrap.policy.policy import PolicyLike, RegimePolicy, require_ratio
 from regimewrap.topk import sampling
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
 from regimewrap.topk.sampling import GateSample
 
 __all__ = [
@@ -83,7 +83,6 @@ class TopKGate:
         rule = self.policy.gate
         words = ("scope", "score", "relative_to", "ties", "gradient")
         self._rule: dict[str, Any] = {word: getattr(rule, word) for word in words}
-        self._relu_rule = {name: value for name, value in self._rule.items() if name not in ("score", "gradient")}
         self._masked = rule.gradient == "masked"
         self._min_units = self.policy.sites.min_units
         self._eval_ratio: Tensor | None = None
@@ -236,12 +235,12 @@ class TopKGate:
             return function(x)
         if self.observers:
             return self._watched_relu(function, x, site, training)
-        y = self._select(x, site, training, relu_gate)
+        y = self._select(x, site, training, after_relu=True)
         return function(x) if y is x else y  # where the site is left alone now
 
     def _watched_relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
         # Autograd must save what it does when nobody watches, as a checkpoint may have one pass watched of two.
-        y = self._select(x, site, training, relu_gate) if self._cuts(training) else x
+        y = self._select(x, site, training, after_relu=True) if self._cuts(training) else x
         if y is x:
             before = y = function(x)
         else:
@@ -251,7 +250,7 @@ class TopKGate:
             observe(site, before, y)
         return y
 
-    def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
+    def _select(self, x: Tensor, site: Site, training: bool, after_relu: bool = False) -> Tensor:
         if not torch.compiler.is_compiling():
             self.budget.look(x)
         fixed = self._fixed()
@@ -268,14 +267,16 @@ class TopKGate:
         try:
             if self.network is not None:
                 counted, in_eval = training and not forced and self._counts, not (training or forced)
-                relu = select is relu_gate
-                return self.network.select(x, dense_rows=dense_rows, in_eval=in_eval, counted=counted, relu=relu)
-            rule = self._rule if select is topk_gate else self._relu_rule
-            where: dict[str, Any] = {
-                "channel_dim": site.channels_of(x, self._rule["scope"]),
-                "multiplier": site.multiplier,
-            }
-            return select(x, self._ratio(training), dense_rows=dense_rows, **where, **rule)
+                return self.network.select(x, dense_rows, in_eval=in_eval, counted=counted, after_relu=after_relu)
+            return topk_gate(
+                x,
+                self._ratio(training),
+                dense_rows=dense_rows,
+                channel_dim=site.channels_of(x, self._rule["scope"]),
+                multiplier=site.multiplier,
+                after_relu=after_relu,
+                **self._rule,
+            )
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
 

@@ -252,7 +252,7 @@ def test_a_kernel_that_does_not_build_is_replaced_after_one_warning(monkeypatch)
     def broken(*_: object) -> None:
         raise OSError("no space left on device\nand more")
 
-    kernels = SimpleNamespace(gate_rows=broken, gate_positions=broken, mask_gradient=broken)
+    kernels = SimpleNamespace(gate_blocks=broken, mask_gradient=broken)
     monkeypatch.setattr(cpu.KERNELS, "module", kernels)
     x = torch.randn(2, 50)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from fractions import Fraction
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from regimewrap.errors import SelectionError
 from regimewrap.topk import sampling
 from regimewrap.topk.cpu import dispatch as cpu
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import histogram, in_full, kept, reaches
 from regimewrap.topk.selection import INTEGERS, Selection, full_rows
-from regimewrap.topk.threshold import BINS, SHIFT, count_scores, relu_threshold_gate, threshold_gate
+from regimewrap.topk.threshold import BINS, SHIFT, count_scores, threshold_gate
+
+relu_gate = functools.partial(topk_gate, after_relu=True)
+relu_threshold_gate = functools.partial(threshold_gate, after_relu=True)
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 2.0, -2.0, 1e-7)

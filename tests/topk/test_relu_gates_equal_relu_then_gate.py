@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
+
+relu_gate = functools.partial(topk_gate, after_relu=True)
 
 SETTINGS = {
     "scope": st.sampled_from(["sample", "position", "batch"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -20,10 +21,11 @@ from regimewrap.topk.threshold import (
     SHIFT,
     _threshold_on_device,
     count_scores,
-    relu_threshold_gate,
     threshold_at,
     threshold_gate,
 )
+
+relu_threshold_gate = functools.partial(threshold_gate, after_relu=True)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, -math.nan, 1.0, -1.0, 1e-7, -1e-7, 3e4, 1e-42, 2e-38)

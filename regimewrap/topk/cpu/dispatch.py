@@ -76,10 +76,7 @@ def gate(
     full = _scaled(full, outer, y)
 
     def run(start: int, stop: int) -> None:
-        if inner == 1:
-            kernels.gate_rows(source, result, packed, start, stop, full, units, how)
-        else:
-            kernels.gate_positions(source, result, packed, start, stop, full, units, how, inner)
+        kernels.gate_blocks(source, result, packed, start, stop, full, units, inner, how)
 
     return _share(run, outer, step, x.numel(), full)
 
