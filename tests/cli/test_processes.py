@@ -95,7 +95,7 @@ def test_ctrl_c_while_torch_is_imported_ends_the_command_without_a_traceback_and
     assert "import regimewrap._command" in Path(package.__file__).read_text().partition("from ")[0]  # before torch
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopped_training_leaves_a_checkpoint_that_its_last_line_goes_on_from(start, tmp_path, number):
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from regimewrap.errors import PolicyError
@@ -42,7 +42,6 @@ policies = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(policy=policies)
 def test_a_policy_survives_yaml_and_json(policy: RegimePolicy):
     assert RegimePolicy.from_yaml(policy.to_yaml()) == policy

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from regimewrap.errors import SelectionError
@@ -82,7 +82,6 @@ def selections(draw: st.DrawFn, x: torch.Tensor) -> dict[str, object]:
 
 
 @given(st.data(), tensors(), st.floats(0.001, 1.0), SHARES, UPDATES, st.sampled_from(["masked", "straight_through"]))
-@settings(max_examples=300, deadline=None)
 def test_values_and_gradients_are_the_references(data, x, keep_ratio, share, update, gradient):
     rule = data.draw(selections(x)) | {"score": data.draw(st.sampled_from(["magnitude", "value"]))}
     x = x.detach().requires_grad_()
@@ -97,7 +96,6 @@ def test_values_and_gradients_are_the_references(data, x, keep_ratio, share, upd
 
 
 @given(st.data(), tensors(), st.floats(0.001, 1.0), SHARES, UPDATES, st.sampled_from(["masked", "straight_through"]))
-@settings(max_examples=300, deadline=None)
 def test_with_a_relu_values_and_gradients_are_the_references(data, x, keep_ratio, share, update, gradient):
     rule = data.draw(selections(x))
     x = x.detach().requires_grad_()
@@ -114,7 +112,6 @@ def test_with_a_relu_values_and_gradients_are_the_references(data, x, keep_ratio
 
 
 @given(tensors(), st.floats(0.001, 1.0), SHARES, UPDATES, st.floats(0, 3), st.booleans(), st.booleans())
-@settings(max_examples=300, deadline=None)
 def test_a_shared_threshold_neither_cuts_nor_counts_them(x, keep_ratio, share, update, cut, known, relu):
     x = x.detach().requires_grad_()
     upstream = torch.randn(x.shape).to(x.dtype)
@@ -163,7 +160,6 @@ def test_dense_rows_are_the_ungated_ones_bit_for_bit_forward_and_backward(scope,
 
 
 @given(st.integers(1, 300), SHARES, st.integers(0, 10**9))
-@settings(max_examples=300, deadline=None)
 def test_over_many_updates_their_share_is_the_one_asked_for(n, share, update):
     counts = []
     for u in range(update, update + 50):
@@ -204,7 +200,6 @@ def test_threads_share_rows_without_changing_a_bit(shape, threads, monkeypatch):
 
 
 @given(st.integers(2, 200), st.sampled_from([1, 8]), st.integers(2, 8), st.data())
-@settings(max_examples=200, deadline=None)
 def test_threads_get_the_same_work_to_within_a_step(items, step, parts, data):
     if items // step < parts:
         return

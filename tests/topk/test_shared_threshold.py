@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -103,7 +103,6 @@ def bits_of(x: torch.Tensor) -> torch.Tensor:
 
 
 @given(tensors(), thresholds)
-@settings(max_examples=150, deadline=None)
 def test_output_gradient_and_memory_format_are_those_of_the_reference(x, threshold):
     x.requires_grad_()
     upstream = torch.randn(x.shape).to(x.dtype)
@@ -118,7 +117,6 @@ def test_output_gradient_and_memory_format_are_those_of_the_reference(x, thresho
 
 
 @given(tensors(), thresholds)
-@settings(max_examples=150, deadline=None)
 def test_in_one_operation_with_a_relu_it_is_the_gate_behind_it(x, threshold):
     x.requires_grad_()
     upstream = torch.randn(x.shape).to(x.dtype)
@@ -135,13 +133,11 @@ def test_in_one_operation_with_a_relu_it_is_the_gate_behind_it(x, threshold):
 
 
 @given(tensors(), st.booleans())
-@settings(max_examples=150, deadline=None)
 def test_the_histogram_is_the_references(x, after_relu):
     assert lower_ends(counted(x, after_relu=after_relu)) == histogram(torch.relu(x) if after_relu else x)
 
 
 @given(tensors(), st.floats(0.001, 1.0), st.sampled_from(["all", "active"]))
-@settings(max_examples=150, deadline=None)
 def test_the_share_that_reaches_the_threshold_is_the_keep_ratio_up_to_one_bin(x, keep_ratio, relative_to):
     x = x.float()
     counts = counted(x)
