@@ -64,6 +64,11 @@ class TopKGate:
         released: whether ``unwrap`` took the gate off its model.
         driver: the ``RegimeCycler`` that drives the gate, as a weak reference; ``None`` without one.
         copies: the gates of deep copies of its model, as far as they live.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 10), nn.GELU()))
+    >>> regimewrap.gate_of(model).set_keep_ratio(0.2)
+    >>> (model(torch.randn(1, 4)) != 0).sum()
+    tensor(2)
     """
 
     def __init__(self, policy: PolicyLike | None = None) -> None:
