@@ -86,13 +86,11 @@ class TopKGate:
         self._counts = True  # False while what runs is no part of a step, as in verify
         self._told = Told()
         rule = self.policy.gate
-        words = ("scope", "score", "relative_to", "ties", "gradient")
-        self._rule: dict[str, Any] = {word: getattr(rule, word) for word in words}
+        self._rule: dict[str, Any] = rule.model_dump(exclude={"eval_keep_ratio", "channel_dim"})
         self._masked = rule.gradient == "masked"
         self._min_units = self.policy.sites.min_units
-        self._eval_ratio: Tensor | None = None
-        if rule.eval_keep_ratio != "current":
-            self._eval_ratio = torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
+        fixed = None if rule.eval_keep_ratio == "current" else rule.eval_keep_ratio
+        self._eval_ratio = None if fixed is None else torch.tensor(fixed, dtype=torch.float64, device="cpu")
         self._dense_in_eval = rule.eval_keep_ratio == 1.0
         self.network: NetworkThreshold | None = None
         if rule.scope == "network":
