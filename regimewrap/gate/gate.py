@@ -242,7 +242,7 @@ class TopKGate:
         return function(x) if y is x else y  # where the site is left alone now
 
     def _watched_relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
-        # Autograd must save what it does when nobody watches, as a checkpoint may have one pass watched of two.
+        # Autograd must save what it does when nothing watches, as a checkpoint may have one pass watched of two.
         y = self._select(x, site, training, after_relu=True) if self._cuts(training) else x
         if y is x:
             before = y = function(x)

@@ -1,7 +1,7 @@
 """The threshold that all sites of a model share in scope "network", and the counts that it comes from.
 
 During a step every site adds a histogram of its scores; when the step ends, their sum is what the next step's
-threshold is the quantile of. It is filled in on the device and waited for by nobody. Which tensors pass by, and when a
+threshold is the quantile of. It is filled in on the device; nothing waits for it. Which tensors pass by, and when a
 step ends, is decided by ``gate`` and ``cycler``; how scores are counted and cut, in ``topk``.
 """
 

@@ -329,7 +329,7 @@ def test_what_is_no_floating_tensor_is_left_alone_with_one_warning_that_names_th
     assert not any(counts.any() for counts in gate.network.counts())
 
 
-def test_prefixes_do_not_depend_on_later_tokens_and_nobody_is_warned():
+def test_prefixes_do_not_depend_on_later_tokens_and_no_warning_comes():
     torch.manual_seed(0)
     model = Transformer()
     model.is_causal = True

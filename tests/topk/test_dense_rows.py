@@ -234,7 +234,7 @@ def test_a_share_of_zero_is_the_gate_without_dense_rows():
         assert same_bits(topk_gate(x, ratio(0.3), dense_rows=rows(0.0, 7), scope=scope), alone)
 
 
-def test_calls_are_noted_while_somebody_asks_and_only_those_that_could_cut():
+def test_calls_are_noted_while_a_sample_is_taken_and_only_those_that_could_cut():
     keep_ratio, other = ratio(0.5), ratio(0.5)
     x = torch.randn(4, 16)
     mostly_zero = torch.zeros(4, 16).index_fill(1, torch.arange(3), 1.0)

@@ -235,7 +235,7 @@ def in_threads(kernels: Kernels, run: Callable[[int, int], None], bounds: list[i
         try:
             run(*bounds[:2])
         finally:
-            wait(others)  # nobody writes to the tensor once we have returned
+            wait(others)  # no thread may write to the tensor once we have returned
         for other in others:
             other.result()
 
