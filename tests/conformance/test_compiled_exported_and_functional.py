@@ -15,7 +15,7 @@ from regimewrap import gate_of, unwrap, wrap
 from regimewrap.errors import UnreachableSiteError
 
 every_writing = pytest.mark.parametrize("make", WRITINGS)
-every_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+every_backend = pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 
 
 @every_writing

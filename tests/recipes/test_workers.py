@@ -39,6 +39,7 @@ def test_runs_made_at_once_equal_runs_made_here_one_by_one():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_run_is_said_with_its_name():
     work = replace(WORK, settings=replace(WORK.settings, lr=1e30))
 
@@ -63,6 +64,7 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_who_stops_listening_ends_the_runs():
     jobs = [Job("long", JOBS[0].policy, seed=0), Job("short", JOBS[0].policy, seed=1)]
     reports = train_jobs(jobs, WORK, 2)
