@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,11 +279,8 @@ class RegimeTrainerMixin(Trainer):
         """As the trainer's; the loss goes to the callback too."""
         every = self.state.logging_steps
         due = self._seen is None or (every > 0 and (self.state.global_step + 1) % every == 0)
-        if due and not self.args.torch_compile:
-            model: Any = self.model
-            with watch(model) as self._seen:
-                loss = super().training_step(*args, **kwargs)
-        else:
+        model: Any = self.model
+        with watch(model) if due and not self.args.torch_compile else nullcontext(self._seen) as self._seen:
             loss = super().training_step(*args, **kwargs)
         self.regime.add_loss(loss)
         return loss
@@ -292,9 +290,7 @@ class RegimeTrainerMixin(Trainer):
         if "loss" in logs:
             self.regime.observe(logs, self.state.global_step)
             regime = self.regime.cycler.regime
-            logs["keep_ratio"] = regime.keep_ratio
-            logs["phase"] = PHASES.index(regime.phase)
-            logs["cycle"] = regime.cycle
+            logs |= {"keep_ratio": regime.keep_ratio, "phase": PHASES.index(regime.phase), "cycle": regime.cycle}
             if self._seen is not None:
                 logs["density"] = self._seen.density
                 self._seen = None

@@ -1,7 +1,7 @@
 """Train one PyTorch network across many activation budgets.
 
 ``wrap`` puts one shared top-k gate behind the chosen activations of a model, ``RegimeCycler`` moves its keep ratio from
-the training loop, ``sweep`` shows what the network can do at each budget, and ``unwrap`` leaves nothing behind.
+the training loop, ``sweep`` shows what the network can do at each budget, and ``unwrap`` takes every gate off again.
 """
 
 import regimewrap._command  # noqa: F401 - before torch, whose import takes seconds

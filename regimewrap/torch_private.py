@@ -24,7 +24,7 @@ tree_leaves = _pytree.tree_leaves
 #: A context in which no dispatch mode sees, makes or counts tensors; works from its creation on.
 no_dispatch_modes = torch._C._DisableTorchDispatch
 
-#: The settings of torch's compiler, a module that is loaded only once somebody compiles.
+#: The settings of torch's compiler, a module that is loaded only once something is compiled.
 COMPILER_CONFIG = "torch._dynamo.config"
 
 

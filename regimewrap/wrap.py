@@ -42,6 +42,12 @@ def plan(model: nn.Module, policy: PolicyLike | None = None, *, example_inputs: 
     Raises:
         WrapError: the model is not one, is wrapped already, or is scripted as a whole.
         PolicyError: the policy names kinds or patterns that the model does not have, or contradicts itself.
+
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> print(regimewrap.plan(model))
+    Sequential: 1 of 1 activations gated
+    site  activation  mechanism  gated  why
+    1     ReLU        hook       yes    a hidden relu
     """
     root = _root(model)
     with remembering():
@@ -98,6 +104,12 @@ def wrap(model: M, policy: PolicyLike | None = None, *, example_inputs: Any = No
         UnreachableSiteError: ``strict``, and a selected activation cannot be reached.
         PolicyError: the policy names kinds or patterns that the model does not have, or contradicts itself.
         WrapError: not a model, scripted, or its output changed. After any failure the model is as it was.
+
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> regimewrap.wrap(model) is model
+    True
+    >>> regimewrap.gate_of(model).sites[0].name
+    '1'
     """
     root = _root(model)
     policy = RegimePolicy.of(policy)
@@ -142,6 +154,10 @@ def unwrap(model: M) -> M:
     Raises:
         NotWrappedError: it is not wrapped.
         WrapError: it is a part of a wrapped model, whose other parts would stay gated.
+
+    >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> regimewrap.unwrap(regimewrap.wrap(model)) is model
+    True
     """
     root = _root(model)
     gate = find_gate(root)

@@ -110,5 +110,5 @@ def test_import_loads_no_optional_package():
 
 def test_import_costs_at_most_three_tenths_of_a_second_on_top_of_torch():
     code = "import time, torch; start = time.process_time(); import regimewrap; print(time.process_time() - start)"
-    # Time on the processor, and the least of three: the rest is other processes, or compiling to bytecode once.
-    assert min(float(_in_a_fresh_process(code)) for _ in range(3)) <= 0.3
+    # Time on the processor, and three tries: the rest is other processes, or compiling to bytecode once.
+    assert any(float(_in_a_fresh_process(code)) <= 0.3 for _ in range(3))

@@ -3,7 +3,7 @@
 A decision takes one reduction and one broadcast in the default process group, on any backend; nothing is exchanged in
 between, except in scope "network", which takes one reduction at the end of each step. Before a decision the ranks meet
 in the process group's store: an exchange begins only when all have come to it, so it cannot be taken for one of DDP's,
-and whoever does not come in time is named. No policy and no gate is known here.
+and a rank that does not come in time is named. No policy and no gate is known here.
 """
 
 from __future__ import annotations

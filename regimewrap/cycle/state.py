@@ -51,6 +51,11 @@ class Regime(NamedTuple):
             update.
         cycle: how often the ratio really was raised.
         event: what was decided in this step; ``None`` when no decision was due, or the strategy makes none.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)))
+    >>> regime = regimewrap.RegimeCycler(model).step()
+    >>> regime.phase, 0 < regime.keep_ratio < 1
+    ('spread', True)
     """
 
     keep_ratio: float

@@ -2,7 +2,7 @@
 
 All models of a class share their compiled code. Unless told otherwise it is run without a look at hooks, so that a
 wrapped model would run the code of a bare one that was compiled first (pytorch #117758). Importing the compiler takes
-seconds, so where it is not yet there, it is told as soon as somebody imports it.
+seconds, so where it is not loaded yet, it is told as soon as it is imported.
 """
 
 from __future__ import annotations

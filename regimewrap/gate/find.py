@@ -59,6 +59,10 @@ def gate_of(model: nn.Module) -> TopKGate:
     Raises:
         NotWrappedError: there is no wrapped model in it.
         WrapError: there are several.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)))
+    >>> regimewrap.gate_of(model)
+    TopKGate(keep_ratio=1, scope='sample', sites=1)
     """
     if not isinstance(model, nn.Module):
         raise NotWrappedError(f"expected a wrapped torch.nn.Module; got {type(model).__name__}.")

@@ -25,7 +25,7 @@ from regimewrap.gate.site import GATE_ATTRIBUTE, SITES_ATTRIBUTE, Observer, Reco
 from regimewrap.gate.told import Told
 from regimewrap.policy.policy import PolicyLike, RegimePolicy, require_ratio
 from regimewrap.topk import sampling
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
 from regimewrap.topk.sampling import GateSample
 
 __all__ = [
@@ -64,6 +64,11 @@ class TopKGate:
         released: whether ``unwrap`` took the gate off its model.
         driver: the ``RegimeCycler`` that drives the gate, as a weak reference; ``None`` without one.
         copies: the gates of deep copies of its model, as far as they live.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 10), nn.GELU()))
+    >>> regimewrap.gate_of(model).set_keep_ratio(0.2)
+    >>> (model(torch.randn(1, 4)) != 0).sum()
+    tensor(2)
     """
 
     def __init__(self, policy: PolicyLike | None = None) -> None:
@@ -81,14 +86,11 @@ class TopKGate:
         self._counts = True  # False while what runs is no part of a step, as in verify
         self._told = Told()
         rule = self.policy.gate
-        words = ("scope", "score", "relative_to", "ties", "gradient")
-        self._rule: dict[str, Any] = {word: getattr(rule, word) for word in words}
-        self._relu_rule = {name: value for name, value in self._rule.items() if name not in ("score", "gradient")}
+        self._rule: dict[str, Any] = rule.model_dump(exclude={"eval_keep_ratio", "channel_dim"})
         self._masked = rule.gradient == "masked"
         self._min_units = self.policy.sites.min_units
-        self._eval_ratio: Tensor | None = None
-        if rule.eval_keep_ratio != "current":
-            self._eval_ratio = torch.tensor(rule.eval_keep_ratio, dtype=torch.float64, device="cpu")
+        fixed = None if rule.eval_keep_ratio == "current" else rule.eval_keep_ratio
+        self._eval_ratio = None if fixed is None else torch.tensor(fixed, dtype=torch.float64, device="cpu")
         self._dense_in_eval = rule.eval_keep_ratio == 1.0
         self.network: NetworkThreshold | None = None
         if rule.scope == "network":
@@ -236,12 +238,12 @@ class TopKGate:
             return function(x)
         if self.observers:
             return self._watched_relu(function, x, site, training)
-        y = self._select(x, site, training, relu_gate)
+        y = self._select(x, site, training, after_relu=True)
         return function(x) if y is x else y  # where the site is left alone now
 
     def _watched_relu(self, function: Callable[[Tensor], Tensor], x: Tensor, site: Site, training: bool) -> Tensor:
-        # Autograd must save what it does when nobody watches, as a checkpoint may have one pass watched of two.
-        y = self._select(x, site, training, relu_gate) if self._cuts(training) else x
+        # Autograd must save what it does when nothing watches, as a checkpoint may have one pass watched of two.
+        y = self._select(x, site, training, after_relu=True) if self._cuts(training) else x
         if y is x:
             before = y = function(x)
         else:
@@ -251,7 +253,7 @@ class TopKGate:
             observe(site, before, y)
         return y
 
-    def _select(self, x: Tensor, site: Site, training: bool, select: Callable[..., Tensor] = topk_gate) -> Tensor:
+    def _select(self, x: Tensor, site: Site, training: bool, after_relu: bool = False) -> Tensor:
         if not torch.compiler.is_compiling():
             self.budget.look(x)
         fixed = self._fixed()
@@ -268,14 +270,16 @@ class TopKGate:
         try:
             if self.network is not None:
                 counted, in_eval = training and not forced and self._counts, not (training or forced)
-                relu = select is relu_gate
-                return self.network.select(x, dense_rows=dense_rows, in_eval=in_eval, counted=counted, relu=relu)
-            rule = self._rule if select is topk_gate else self._relu_rule
-            where: dict[str, Any] = {
-                "channel_dim": site.channels_of(x, self._rule["scope"]),
-                "multiplier": site.multiplier,
-            }
-            return select(x, self._ratio(training), dense_rows=dense_rows, **where, **rule)
+                return self.network.select(x, dense_rows, in_eval=in_eval, counted=counted, after_relu=after_relu)
+            return topk_gate(
+                x,
+                self._ratio(training),
+                dense_rows=dense_rows,
+                channel_dim=site.channels_of(x, self._rule["scope"]),
+                multiplier=site.multiplier,
+                after_relu=after_relu,
+                **self._rule,
+            )
         except SelectionError as error:
             raise SelectionError(f"{site.name}: {error}") from None
 

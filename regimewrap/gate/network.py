@@ -1,7 +1,7 @@
 """The threshold that all sites of a model share in scope "network", and the counts that it comes from.
 
 During a step every site adds a histogram of its scores; when the step ends, their sum is what the next step's
-threshold is the quantile of. It is filled in on the device and waited for by nobody. Which tensors pass by, and when a
+threshold is the quantile of. It is filled in on the device; nothing waits for it. Which tensors pass by, and when a
 step ends, is decided by ``gate`` and ``cycler``; how scores are counted and cut, in ``topk``.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regimewrap import torch_private
 from regimewrap.topk.selection import Selection, check_selection
-from regimewrap.topk.threshold import BINS, count_scores, relu_threshold_gate, threshold_at, threshold_gate
+from regimewrap.topk.threshold import BINS, count_scores, threshold_at, threshold_gate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,9 +54,7 @@ class NetworkThreshold:
         self.known = torch.zeros((), dtype=torch.bool, device="cpu")
         self._devices: dict[torch.device, _There] = {}
 
-    def select(
-        self, x: Tensor, *, dense_rows: Tensor | None = None, in_eval: bool, counted: bool, relu: bool
-    ) -> Tensor:
+    def select(self, x: Tensor, dense_rows: Tensor | None, *, in_eval: bool, counted: bool, after_relu: bool) -> Tensor:
         """Gate one tensor at the threshold, or among its samples' units as long as there is none.
 
         Args:
@@ -64,7 +62,7 @@ class NetworkThreshold:
             dense_rows: which entries of the first dimension are neither cut nor counted; as for ``topk_gate``.
             in_eval: whether the ratio for eval mode holds.
             counted: whether this is a part of a training step.
-            relu: apply a ReLU to ``x`` first.
+            after_relu: apply a ReLU to ``x`` first.
 
         Raises:
             SelectionError: ``x`` is not a tensor that can be gated.
@@ -73,14 +71,20 @@ class NetworkThreshold:
         there = self._on(x.device)
         # Inside a backward pass this is a recomputation of what was counted before.
         if counted and (torch.compiler.is_compiling() or not torch_private.in_backward()):
-            count_scores(x, there.counts, dense_rows=dense_rows, after_relu=relu)
+            count_scores(x, there.counts, dense_rows=dense_rows, after_relu=after_relu)
         ratio, threshold = self.keep_ratio, there.threshold
         if in_eval and self.eval_ratio is not None:
             ratio, threshold = self.eval_ratio, there.eval_threshold
-        rule: dict[str, Any] = {"dense_rows": dense_rows, "relative_to": self.relative_to}
-        if relu:
-            return relu_threshold_gate(x, ratio, threshold, self.known, **rule)
-        return threshold_gate(x, ratio, threshold, self.known, gradient=self.gradient, **rule)
+        return threshold_gate(
+            x,
+            ratio,
+            threshold,
+            self.known,
+            dense_rows=dense_rows,
+            relative_to=self.relative_to,
+            gradient=self.gradient,
+            after_relu=after_relu,
+        )
 
     def aim(self, devices: Iterable[torch.device] = ()) -> None:
         """Fill in the thresholds for the ratios as they are now.

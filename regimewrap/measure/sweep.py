@@ -36,6 +36,11 @@ class Sweep:
 
     Attributes:
         values: keep ratio, in (0, 1], to the metric there, in the order evaluated.
+
+    >>> print(regimewrap.Sweep({1.0: 0.95, 0.1: 0.9}))
+    keep ratio   value
+             1  0.9500
+           0.1  0.9000
     """
 
     values: Mapping[float, float]
@@ -109,6 +114,12 @@ def sweep(
 
     BatchNorm's running statistics belong to one budget. Where they were taken at another one than a budget evaluated,
     a warning says so; ``evaluate`` may call ``recalibrate_batchnorm`` first.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 10), nn.GELU()))
+    >>> x = torch.randn(3, 4)
+    >>> share = regimewrap.sweep(model, lambda model: (model(x) != 0).float().mean(), keep_ratios=(1.0, 0.2))
+    >>> {ratio: round(value, 2) for ratio, value in share.values.items()}
+    {1.0: 1.0, 0.2: 0.2}
     """
     gate_of(model)
     ratios = [require_ratio("keep_ratios", ratio) for ratio in keep_ratios]
@@ -144,6 +155,11 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], keep_ratio: f
         PolicyError: the ratio is outside (0, 1].
         WrapError: no layer tracks running statistics.
         DataError: the loader gave no batch, or a batch of another kind.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.BatchNorm1d(32)))
+    >>> regimewrap.recalibrate_batchnorm(model, [torch.randn(8, 4) for _ in range(3)], keep_ratio=0.1)
+    >>> int(model[2].num_batches_tracked)
+    3
     """
     gate_of(model)
     layers = layers_with_statistics(model)

@@ -91,6 +91,13 @@ def watch(model: nn.Module) -> Iterator[Watch]:
 
     Raises:
         NotWrappedError: the model is not wrapped.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 2)))
+    >>> regimewrap.gate_of(model).set_keep_ratio(0.25)
+    >>> with regimewrap.watch(model) as seen:
+    ...     y = model(torch.randn(3, 4))
+    >>> seen.density, seen.by_site["1"].bound
+    (0.25, 1.0)
     """
     gate = gate_of(model)
     seen = Watch()

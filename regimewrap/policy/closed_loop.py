@@ -19,13 +19,13 @@ def _compressed(now: Situation, decay: float, floor: float) -> Move:
     return Move(lower, "compress") if lower < now.keep_ratio else Move(now.keep_ratio, "hold")
 
 
-def _sits_out(now: Situation, cooldown: int) -> bool:
-    return now.since_raise is not None and now.since_raise <= cooldown
-
-
-def _is_over(now: Situation, floor: float) -> bool:
-    """Return whether a cycle ends here whatever the signal says."""
-    return now.guarded and (now.overdue or now.keep_ratio <= floor)
+def _due(now: Situation, floor: float, cooldown: int) -> Move | None:
+    """Return what is done whatever the signal says: a reset where the cycle is over, a hold during the cooldown."""
+    if now.guarded and (now.overdue or now.keep_ratio <= floor):
+        return Move(1.0, "reset")
+    if now.since_raise is not None and now.since_raise <= cooldown:
+        return Move(now.keep_ratio, "hold")
+    return None
 
 
 def _decay_for(decisions: int, floor: float) -> float:
@@ -51,13 +51,8 @@ class EmaReset(Strategy):
 
     def next_move(self, now: Situation) -> Move:
         """Reset if the cycle is over; sit out the cooldown; else reset if behind, else compress."""
-        if _is_over(now, self.floor):
-            return Move(1.0, "reset")
-        if _sits_out(now, self.cooldown):
-            return Move(now.keep_ratio, "hold")
-        if now.fall > self.tolerance:
-            return Move(1.0, "reset")
-        return _compressed(now, self.decay, self.floor)
+        behind = Move(1.0, "reset") if now.fall > self.tolerance else None
+        return _due(now, self.floor, self.cooldown) or behind or _compressed(now, self.decay, self.floor)
 
     def rescaled(self, decisions: int) -> Self:
         """Fit the cooldown (at most an eighth) and a compression from 1 to the floor into ``decisions``."""
@@ -87,12 +82,9 @@ class EmaRelax(Strategy):
 
     def next_move(self, now: Situation) -> Move:
         """Reset if the cycle is over; sit out the cooldown; else relax if behind, else compress."""
-        if _is_over(now, self.floor):
-            return Move(1.0, "reset")
-        if _sits_out(now, self.cooldown):
-            return Move(now.keep_ratio, "hold")
-        if now.fall <= self.tolerance:
-            return _compressed(now, self.decay, self.floor)
+        due = _due(now, self.floor, self.cooldown)
+        if due is not None or now.fall <= self.tolerance:
+            return due or _compressed(now, self.decay, self.floor)
         behind = (now.fall - self.tolerance) / self.tolerance
         # A slope of 0 times an infinite fall is not a number.
         urgency = min(self.slope_cap, 1 + self.slope * behind) if self.slope else 1.0

@@ -56,7 +56,10 @@ def require_ratio(name: str, value: object) -> float:
 
 
 class GatePolicy(Settings):
-    """How units are selected."""
+    """How units are selected.
+
+    >>> policy = regimewrap.RegimePolicy(gate=regimewrap.GatePolicy(scope="position", ties="exact"))
+    """
 
     scope: Literal["sample", "position", "batch", "network"] = Field(
         "sample",
@@ -83,7 +86,10 @@ class GatePolicy(Settings):
 
 
 class SitePolicy(Settings):
-    """Which activations are gated. A pattern is a dotted name with ``*``, ``?`` and ``[...]``."""
+    """Which activations are gated. A pattern is a dotted name with ``*``, ``?`` and ``[...]``.
+
+    >>> policy = regimewrap.RegimePolicy(sites=regimewrap.SitePolicy(exclude=("head.*",), min_units=64))
+    """
 
     include: tuple[Name, ...] = Field(("*",), description="Patterns of the names to gate.")
     exclude: tuple[Name, ...] = Field((), description="Patterns of the names to leave alone; wins over include.")
@@ -128,6 +134,9 @@ class CyclePolicy(Settings):
     ``scaled_to`` says which length of a run the numbers belong to. ``None``: they are updates and decisions as written.
     ``"run"``: they belong to the method's run of 195,500 updates and are rescaled when
     ``RegimeCycler(model, total_steps=N)`` is built. A number: they have been rescaled to a run of so many updates.
+
+    >>> regimewrap.CyclePolicy(strategy={"kind": "constant", "keep_ratio": 0.2}).full_share
+    0.5
     """
 
     strategy: Annotated[Strategy, ByKind()] = Field(default_factory=Spread, description="The rule for the next ratio.")

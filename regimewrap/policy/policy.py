@@ -45,6 +45,10 @@ class RegimePolicy(Settings):
 
     ``RegimePolicy()`` is ``RegimePolicy.preset("mixed")``. Frozen, comparable and hashable; ``replace`` makes a
     changed copy.
+
+    >>> policy = regimewrap.RegimePolicy.preset("sawtooth", total_steps=4800)
+    >>> policy.replace(gate={"scope": "position"}).gate.scope
+    'position'
     """
 
     schema_version: Literal[2] = Field(2, description="The version of this format.")

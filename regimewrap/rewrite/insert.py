@@ -82,6 +82,10 @@ def insert_gates(module: nn.Module, policy: PolicyLike | None = None) -> fx.Grap
     Raises:
         WrapError: not a module, scripted, or the module itself does not trace.
         NoSitesError: the policy selects nothing in the graph.
+
+    >>> graph = regimewrap.insert_gates(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)))
+    >>> type(graph).__mro__[1].__name__, len(regimewrap.gate_of(graph).sites)
+    ('GraphModule', 1)
     """
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise WrapError(f"insert_gates takes a GraphModule or a module that traces; got {type(module).__name__}.")

@@ -55,6 +55,10 @@ class Calibration(_Record):
         scope: these four are the gate's settings that the thresholds depend on; see ``GatePolicy``.
         keep_ratios: the calibrated budgets, from the smallest to the largest.
         sites: the curve of each gated site, in the order of the plan.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 2)))
+    >>> regimewrap.calibrate(model, [torch.randn(64, 4)], keep_ratios=(0.2, 0.1)).keep_ratios
+    (0.1, 0.2)
     """
 
     schema_version: Literal[1] = 1
@@ -245,6 +249,11 @@ def calibrate(model: nn.Module, loader: Iterable[Any], keep_ratios: Iterable[flo
         NotWrappedError: the model is not wrapped.
         PolicyError: there is no ratio, or one is outside (0, 1].
         DataError: the loader gave no batch or one of another kind, no gated site ran, or an activation was not finite.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 2)))
+    >>> curves = regimewrap.calibrate(model, [torch.randn(64, 4)], keep_ratios=(0.2, 0.1))
+    >>> sorted(curves.thresholds(0.1))
+    ['1']
     """
     gate = gate_of(model)
     rule = gate.policy.gate

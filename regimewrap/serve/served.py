@@ -98,6 +98,12 @@ class Served:
         dense_ms: least milliseconds of the whole model on the example inputs, dense and at the full budget.
         served_ms: the same as it is served.
         measured_ratio: the keep ratio that these two were taken at.
+
+    >>> model = regimewrap.wrap(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))).eval()
+    >>> with torch.no_grad(), regimewrap.serve(model, 0.2, example_inputs=torch.randn(1, 4)) as served:
+    ...     served.keep_ratio = 0.1
+    >>> served.closed
+    True
     """
 
     def __init__(

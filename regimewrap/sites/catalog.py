@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from regimewrap import torch_private
+from regimewrap.sites.read.memory import remembered
 
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "relu": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.Threshold),
@@ -96,6 +97,7 @@ NORM_AND_ACTIVATION: dict[str, str | None] = {
 KINDS: tuple[str, ...] = tuple(dict.fromkeys([*MODULES.values(), *FUNCTIONS.values(), *NAMES.values()]))
 
 
+@remembered
 def kind_of_name(name: str) -> str | None:
     """Return the family that a class or function name points to, or ``None``."""
     # NewGELUActivation, SwishMe, h_swish, gelu_python, SwishImplementation, MemoryEfficientSwish

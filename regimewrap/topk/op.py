@@ -38,6 +38,7 @@ def topk_gate(
     ties: str = "keep",
     gradient: str = "masked",
     multiplier: float = 1.0,
+    after_relu: bool = False,
 ) -> Tensor:
     """Return ``x`` with all but the largest units of each row set to zero.
 
@@ -57,66 +58,40 @@ def topk_gate(
         ties: keep all units equal to the smallest one kept ("keep"), or exactly k, lowest index first ("exact").
         gradient: "masked" passes it to kept units only, "straight_through" to all.
         multiplier: of ``keep_ratio``, for this call; the product is cut at 1.
+        after_relu: gate ``relu(x)``, in one pass. Backward then needs the gated output alone, whose zeros are the mask;
+            a ReLU and a gate apart save two tensors. Its scores need no choice: ``score`` is not looked at.
 
     Returns:
-        Shape, dtype, device and memory format of ``x``. At full budget, outside compilation, ``x`` itself; otherwise a
-        new tensor. Of a row of n units the k = max(1, int(n * keep_ratio)) largest stay; NaN always stays.
+        Shape, dtype, device and memory format of ``x``. At full budget, outside compilation, ``x`` itself (or
+        ``relu(x)``); otherwise a new tensor. Of a row of n units the k = max(1, int(n * keep_ratio)) largest stay; NaN
+        always stays.
 
     Raises:
         SelectionError: an argument is not one of the above.
+
+    >>> topk_gate(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), torch.tensor(0.5, dtype=torch.float64))
+    tensor([[ 0., -3.,  2.,  0.]])
     """
     selection = Selection(scope, channel_dim, score, relative_to, ties)
-    _check(x, keep_ratio, dense_rows, selection, gradient, multiplier)
-    if _gives_full_budget(keep_ratio):
-        return x
-    # torch.jit.trace checks its trace without gradients, and wants the same graph again.
-    differentiable = torch.is_grad_enabled() or torch_private.is_jit_tracing()
-    saved = "mask" if gradient == "masked" and differentiable else "nothing"
-    y: Tensor = _select(x, keep_ratio, dense_rows, *selection, multiplier, saved)[0]
-    return y
-
-
-def relu_gate(
-    x: Tensor,
-    keep_ratio: Tensor,
-    *,
-    dense_rows: Tensor | None = None,
-    scope: str = "sample",
-    channel_dim: int = 1,
-    relative_to: str = "all",
-    ties: str = "keep",
-    gradient: str = "masked",
-    multiplier: float = 1.0,
-) -> Tensor:
-    """Return ``topk_gate(relu(x), ...)`` in one pass, saving for backward no more than ReLU alone does.
-
-    Arguments, result and errors are those of :func:`topk_gate`; scores after a ReLU need no choice. At full budget,
-    outside compilation, it is ``relu(x)`` itself.
-
-    A ReLU saves its output; followed by a gate, that is a tensor that nothing else needs, beside the gated one, which
-    the next layer saves. Here the gated output is both: its zeros are the mask.
-    """
-    selection = Selection(scope, channel_dim, "value", relative_to, ties)
-    _check(x, keep_ratio, dense_rows, selection, gradient, multiplier)
-    if _gives_full_budget(keep_ratio):
-        return torch.relu(x)
-    if gradient == "straight_through":
-        rule = selection._replace(score="magnitude")._asdict()
-        return topk_gate(
-            torch.relu(x), keep_ratio, dense_rows=dense_rows, gradient=gradient, multiplier=multiplier, **rule
-        )
-    positive = selection._replace(score="positive")
-    y: Tensor = _select(x, keep_ratio, dense_rows, *positive, multiplier, "output")[0]
-    return y
-
-
-def _check(
-    x: Tensor, keep_ratio: Tensor, dense_rows: Tensor | None, selection: Selection, gradient: str, multiplier: float
-) -> None:
     check_selection(x, selection, multiplier)
     check_gradient(gradient)
     check_keep_ratio(keep_ratio)
     check_dense_rows(dense_rows)
+    if _gives_full_budget(keep_ratio):
+        return torch.relu(x) if after_relu else x
+    x, score, saved = how_to_save(x, score, gradient, after_relu)
+    y: Tensor = _select(x, keep_ratio, dense_rows, *selection._replace(score=score), multiplier, saved)[0]
+    return y
+
+
+def how_to_save(x: Tensor, score: str, gradient: str, after_relu: bool) -> tuple[Tensor, str, str]:
+    """Return what is to be gated, its score, and what backward will mask with; the last two as for ``_gate``."""
+    if after_relu and gradient == "masked":
+        return x, "positive", "output"
+    # torch.jit.trace checks its trace without gradients, and wants the same graph again.
+    differentiable = torch.is_grad_enabled() or torch_private.is_jit_tracing()
+    saved = "mask" if gradient == "masked" and differentiable else "nothing"
+    return (torch.relu(x), "magnitude", saved) if after_relu else (x, score, saved)
 
 
 def check_keep_ratio(keep_ratio: Tensor) -> None:

@@ -12,7 +12,7 @@ from regimewrap import torch_private
 
 
 def is_recorded() -> bool:
-    """Whether somebody makes a graph of what we call."""
+    """Whether a compiler or a tracer records what we call."""
     if torch.compiler.is_compiling() or torch_private.is_jit_tracing():
         return True
     # make_fx and fake tensors sit on this stack; there is no public way to ask.

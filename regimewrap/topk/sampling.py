@@ -1,4 +1,4 @@
-"""How often a gate cuts anything, found out by the operators themselves while somebody asks.
+"""How often a gate cuts anything, counted by the operators themselves while a sample is taken.
 
 Here, and not where a model calls its gate, because a compiled graph runs the operators only. A gate is known by the
 memory of its keep ratio, which every call gets.

@@ -6,7 +6,6 @@ words. Nothing here looks at a tensor's values.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from regimewrap.errors import SelectionError
+from regimewrap.files import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,6 +180,4 @@ def _memory_rows(shape: Sequence[int], stride: Sequence[int], selection: Selecti
 def _require_word(name: str, value: str, words: Sequence[str]) -> None:
     if value in words:
         return
-    near = difflib.get_close_matches(str(value), words, n=1)
-    hint = f' Did you mean "{near[0]}"?' if near else ""
-    raise SelectionError(f"{name} must be one of {', '.join(words)}; got {value!r}.{hint}")
+    raise SelectionError(f"{name} must be one of {', '.join(words)}; got {value!r}.{nearest(value, words)}")

@@ -28,6 +28,7 @@ from regimewrap.topk.op import (
     _write,
     check_dense_rows,
     check_keep_ratio,
+    how_to_save,
 )
 from regimewrap.topk.register import is_recorded, operator
 from regimewrap.topk.selection import Selection, check_gradient, without
@@ -117,6 +118,7 @@ def threshold_gate(
     dense_rows: Tensor | None = None,
     relative_to: str = "all",
     gradient: str = "masked",
+    after_relu: bool = False,
 ) -> Tensor:
     """Return ``x`` with all units below a threshold set to zero.
 
@@ -129,10 +131,11 @@ def threshold_gate(
         dense_rows: as for ``topk_gate``: entries of the first dimension that are kept in full.
         relative_to: what ``keep_ratio`` is a share of, until then.
         gradient: "masked" passes it to kept units only, "straight_through" to all.
+        after_relu: as for ``topk_gate``.
 
     Returns:
         Shape, dtype, device and memory format of ``x``. Units whose magnitude reaches the threshold stay, and NaN. At
-        full budget, outside compilation, ``x`` itself; otherwise a new tensor.
+        full budget, outside compilation, ``x`` itself (or ``relu(x)``); otherwise a new tensor.
 
     Raises:
         SelectionError: ``keep_ratio`` or ``gradient`` is not one of the above.
@@ -141,31 +144,9 @@ def threshold_gate(
     check_keep_ratio(keep_ratio)
     check_dense_rows(dense_rows)
     if _gives_full_budget(keep_ratio):
-        return x
-    saved = "mask" if gradient == "masked" and torch.is_grad_enabled() else "nothing"
-    y: Tensor = _apply(x, keep_ratio, dense_rows, threshold, known, relative_to, "magnitude", saved)[0]
-    return y
-
-
-def relu_threshold_gate(
-    x: Tensor,
-    keep_ratio: Tensor,
-    threshold: Tensor,
-    known: Tensor,
-    *,
-    dense_rows: Tensor | None = None,
-    relative_to: str = "all",
-) -> Tensor:
-    """Return ``threshold_gate(relu(x), ...)`` in one pass, saving for backward no more than ReLU alone does.
-
-    Arguments and errors are those of :func:`threshold_gate`, with gradient "masked". At full budget, outside
-    compilation, it is ``relu(x)`` itself.
-    """
-    check_keep_ratio(keep_ratio)
-    check_dense_rows(dense_rows)
-    if _gives_full_budget(keep_ratio):
-        return torch.relu(x)
-    y: Tensor = _apply(x, keep_ratio, dense_rows, threshold, known, relative_to, "positive", "output")[0]
+        return torch.relu(x) if after_relu else x
+    x, score, saved = how_to_save(x, "magnitude", gradient, after_relu)
+    y: Tensor = _apply(x, keep_ratio, dense_rows, threshold, known, relative_to, score, saved)[0]
     return y
 
 

@@ -19,7 +19,12 @@ import torch
 from gate_speed import step
 from paired import Rounds, arguments, keep_memory, show
 
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
+
+
+def relu_gate(x: torch.Tensor, keep_ratio: torch.Tensor) -> torch.Tensor:
+    return topk_gate(x, keep_ratio, after_relu=True)
+
 
 ELEMENTS = (1_000, 4_000, 16_384, 65_536, 262_144, 1_048_576, 4_194_304, 10_485_760)
 MILLION = 1_048_576

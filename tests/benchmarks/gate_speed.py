@@ -11,6 +11,7 @@ ReLU and a gate behind it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,10 @@ from paired import Rounds, arguments, show
 from torch import Tensor
 
 from regimewrap.topk.cpu import dispatch as cpu
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
 from regimewrap.topk.selection import Selection, full_rows
+
+relu_gate = functools.partial(topk_gate, after_relu=True)
 
 SHAPES = ((64, 32, 32), (128, 16, 16), (256, 8, 8))
 

@@ -13,6 +13,7 @@ the user would see it, launches included.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 
@@ -24,7 +25,9 @@ from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
 import regimewrap
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
+
+relu_gate = functools.partial(topk_gate, after_relu=True)
 
 SHAPES = {
     "wrn 64x32x32": (64, 32, 32),

@@ -64,6 +64,7 @@ def test_a_missing_command_line_package_names_the_extra(package):
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_gets_no_error_text(start):
     process = start("policy", "schema")
     process.stdout.close()
@@ -95,6 +96,7 @@ def test_ctrl_c_while_torch_is_imported_ends_the_command_without_a_traceback_and
     assert "import regimewrap._command" in Path(package.__file__).read_text().partition("from ")[0]  # before torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_training_leaves_a_checkpoint_that_its_last_line_goes_on_from(start, tmp_path, number):
     for name in ("cat", "dog"):
@@ -116,6 +118,7 @@ def test_stopped_training_leaves_a_checkpoint_that_its_last_line_goes_on_from(st
     assert not any(path.name.startswith(".") for path in out.iterdir())
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing_half_written_and_no_process(start, tmp_path):
     out = tmp_path / "out"
     process = start("demo", "--out", out)

@@ -15,7 +15,7 @@ from regimewrap import gate_of, unwrap, wrap
 from regimewrap.errors import UnreachableSiteError
 
 every_writing = pytest.mark.parametrize("make", WRITINGS)
-every_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+every_backend = pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 
 
 @every_writing
@@ -33,24 +33,14 @@ def test_wrapped_before_compile_it_is_one_graph_that_follows_the_ratio(make, bac
 
 
 @every_writing
+@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "in place"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_wrapped_after_compile_it_is_compiled_anew_and_again_when_unwrapped(make, x):
-    compiled = torch.compile(bare(make), backend="eager", fullgraph=True)
-    dense = compiled(x)
-    with pytest.warns(UserWarning, match=r"torch\.compiler\.reset"):
-        wrap(compiled, POLICY)
-    gate_of(compiled).set_keep_ratio(0.3)
-    torch.testing.assert_close(compiled(x), by_hand(bare(make), x))
-    with pytest.warns(UserWarning, match=r"torch\.compiler\.reset"):
-        unwrap(compiled)
-    assert torch.equal(compiled(x), dense)
-
-
-@every_writing
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_module_compiled_in_place_is_compiled_anew(make, x):
+def test_wrapped_after_compile_it_is_compiled_anew_and_again_when_unwrapped(make, in_place, x):
     model = bare(make)
-    model.compile(backend="eager", fullgraph=True)
+    if in_place:
+        model.compile(backend="eager", fullgraph=True)
+    else:
+        model = torch.compile(model, backend="eager", fullgraph=True)
     dense = model(x)
     with pytest.warns(UserWarning, match=r"torch\.compiler\.reset"):
         wrap(model, POLICY)

@@ -75,7 +75,9 @@ def test_a_share_of_zero_is_the_gate_without_dense_rows(scope, x):
     same(run(model, x), run(twin, x))
 
 
-@every_scope
+@pytest.mark.parametrize(
+    "scope", ["sample", "network", *(pytest.param(each, marks=pytest.mark.slow) for each in SCOPES[1:3])]
+)
 @pytest.mark.parametrize("make", [WRITINGS[0], WRITINGS[1]])
 def test_one_compiled_graph_serves_every_update_and_ratio(make, scope, x, fresh_compiler):  # noqa: ARG001
     model = training(make, scope)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from regimewrap.cycle.cycler import RegimeCycler
@@ -95,7 +95,6 @@ def test_with_a_higher_cap_the_urgency_of_the_relaxing_shows():
     assert ratios != relax_loop(values, cap=0.03)
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.floats(0, 1), max_size=80), every=st.integers(1, 5))
 def test_the_published_controller_is_followed_for_any_accuracy_and_interval(values: list[float], every: int):
     ratios, _ = driven(published("accuracy-reset", every=every), values)

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -85,7 +85,6 @@ def test_the_list_has_every_strategy():
 
 
 @EACH
-@settings(deadline=None)
 @given(now=situations())
 def test_a_move_is_to_a_ratio_in_range(strategy: Strategy, now: Situation):
     ratio, event = strategy.next_move(now)
@@ -95,14 +94,12 @@ def test_a_move_is_to_a_ratio_in_range(strategy: Strategy, now: Situation):
 
 
 @EACH
-@settings(deadline=None)
 @given(now=situations())
 def test_a_rule_is_pure(strategy: Strategy, now: Situation):
     assert strategy.next_move(now) == strategy.next_move(now)
 
 
 @EACH
-@settings(deadline=None)
 @given(signals=SIGNALS, kind=TOLERANCE_KINDS, mode=st.sampled_from(["min", "max"]))
 def test_the_ratio_stays_in_range_whatever_the_signal(strategy: Strategy, signals: list[float], kind: str, mode: str):
     cycler = cycler_for(strategy, tolerance_kind=kind, mode=mode, every=1)
@@ -115,7 +112,6 @@ def test_the_ratio_stays_in_range_whatever_the_signal(strategy: Strategy, signal
 
 
 @EACH
-@settings(deadline=None)
 @given(signals=SIGNALS, stop=st.integers(0, 40), kind=TOLERANCE_KINDS)
 def test_resuming_at_any_step_equals_never_having_stopped(
     strategy: Strategy, signals: list[float], stop: int, kind: str
@@ -181,7 +177,6 @@ def test_a_policy_with_it_survives_files_and_copies(strategy: Strategy):
 
 
 @EACH
-@settings(deadline=None)
 @given(decisions=st.integers(1, 10**6))
 def test_it_can_be_rescaled_to_any_number_of_decisions(strategy: Strategy, decisions: int):
     assert isinstance(strategy.rescaled(decisions), type(strategy))

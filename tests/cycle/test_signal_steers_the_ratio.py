@@ -327,7 +327,7 @@ def test_a_warm_up_is_at_the_full_budget_and_the_rule_begins_after_it():
             assert ratios[4:] == [bare.step(1.0).keep_ratio for _ in range(7)]
 
 
-def test_metrics_that_nobody_monitors_are_ignored():
+def test_metrics_that_the_policy_does_not_monitor_are_ignored():
     cycler = cycler_with()
 
     assert cycler.step(1.0, accuracy="high", f1=torch.ones(3)).event == "compress"

@@ -56,6 +56,7 @@ def test_code_of_a_page_runs_and_prints_what_the_page_shows(
         strategies._union.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_runs_by_itself(path: Path, tmp_path: Path):
     assert len(path.read_text().splitlines()) < 80

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -31,7 +31,6 @@ def by_hand(model, x, first, second):
     return torch.where(x.abs() > second, x, 0)
 
 
-@settings(deadline=None)
 @given(
     x=st.lists(st.floats(width=32, allow_subnormal=False), min_size=1, max_size=20),
     threshold=st.integers(0, 255).map(lambda n: n / 64),  # which every dtype holds exactly

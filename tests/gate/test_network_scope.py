@@ -82,9 +82,19 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(data.images / 16, dtype=torch.float32), torch.tensor(data.target)
 
 
-@pytest.mark.parametrize("moving", [False, True], ids=["held", "moved"])
-@pytest.mark.parametrize("budget", [0.5, 0.2, 0.05])
-@pytest.mark.parametrize("kind", ["wide resnet", "transformer"])
+SHARES = [
+    (kind, budget, moving)
+    for kind in ("wide resnet", "transformer")
+    for budget in (0.5, 0.2, 0.05)
+    for moving in (0, 1)
+]
+QUICK = [("wide resnet", 0.2, 1), ("transformer", 0.05, 0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget", "moving"),
+    [pytest.param(*each, marks=[] if each in QUICK else pytest.mark.slow) for each in SHARES],
+)
 def test_the_networks_share_is_the_budget_within_two_percent_after_ten_steps(kind, budget, moving):
     torch.manual_seed(0)
     images, targets = digits()
@@ -319,7 +329,7 @@ def test_what_is_no_floating_tensor_is_left_alone_with_one_warning_that_names_th
     assert not any(counts.any() for counts in gate.network.counts())
 
 
-def test_prefixes_do_not_depend_on_later_tokens_and_nobody_is_warned():
+def test_prefixes_do_not_depend_on_later_tokens_and_no_warning_comes():
     torch.manual_seed(0)
     model = Transformer()
     model.is_causal = True
@@ -336,7 +346,7 @@ def test_prefixes_do_not_depend_on_later_tokens_and_nobody_is_warned():
     assert torch.equal(model(x, mask)[:, :5], model(other, mask)[:, :5])
 
 
-@pytest.mark.parametrize("make", [mlp, Transformer])
+@pytest.mark.parametrize("make", [mlp, pytest.param(Transformer, marks=pytest.mark.slow)])
 def test_one_graph_serves_a_hundred_ratios_and_counts_like_eager(make):
     torch._dynamo.reset()
     counters.clear()

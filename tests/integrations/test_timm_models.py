@@ -183,7 +183,7 @@ def test_who_takes_over_drives_alone(taken_over: str):
     assert "regimewrap" not in optimizer.param_groups[0]
 
 
-def test_a_copy_and_a_pickled_model_are_nobodys():
+def test_a_copy_and_a_pickled_model_have_no_driver():
     model = _auto()
     file = io.BytesIO()
     torch.save(model, file)

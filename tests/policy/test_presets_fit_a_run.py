@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from regimewrap.cycle.cycler import RegimeCycler
@@ -68,7 +68,6 @@ def test_the_cycler_takes_a_whole_number_of_steps(name: str, total_steps: Any):
 
 
 @EACH
-@settings(deadline=None)
 @given(total_steps=st.integers(1, 10**30))
 def test_every_length_of_a_run_has_a_valid_policy(name: str, total_steps: int):
     policy = RegimePolicy.preset(name, total_steps=total_steps)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from regimewrap.errors import PolicyError
@@ -34,7 +34,6 @@ def teeth(sawtooth: Sawtooth, decisions: int) -> list[float]:
 shapes = st.sampled_from(["linear", "geometric", "cosine"])
 
 
-@settings(deadline=None)
 @given(
     shape=shapes,
     decisions=st.integers(2, 50),
@@ -52,7 +51,6 @@ def test_a_sawtooth_depends_on_the_decision_count_alone(shape, decisions, floor,
     assert move == sawtooth.next_move(now(decision=at + decisions))
 
 
-@settings(deadline=None)
 @given(shape=shapes, decisions=st.integers(2, 50), floor=st.floats(0, 1, exclude_min=True))
 def test_a_tooth_goes_from_dense_down_to_the_floor(shape, decisions, floor):
     tooth = teeth(Sawtooth(shape=shape, decisions=decisions, floor=floor), decisions)
@@ -145,7 +143,6 @@ def test_spread_is_the_same_on_every_machine_bit_for_bit():
     assert [Spread(floor=0.05, rest=0).ratio(update).hex() for update in (1, 2, 1_000_000)] == SPREAD
 
 
-@settings(deadline=None)
 @given(floor=st.floats(0, 1, exclude_min=True), update=st.integers(0, 2**70))
 def test_spread_takes_any_floor_and_any_number_of_updates(floor, update):
     assert floor <= Spread(floor=floor).ratio(update) <= 1
@@ -165,7 +162,6 @@ def test_plateau_reset_ends_an_overdue_cycle_and_waits_no_longer():
 
 
 @pytest.mark.parametrize("cls", [EmaReset, EmaRelax])
-@settings(deadline=None)
 @given(decisions=st.integers(1, 2000))
 def test_rescaled_a_compression_to_the_floor_and_the_cooldown_fill_the_cycle(cls: type[EmaReset], decisions: int):
     for floor, end in ((0.001, 0.1), (0.05, 0.05), (0.2, 0.2)):

@@ -17,8 +17,8 @@ from regimewrap.recipes.training import TrainSettings, train_run
 from regimewrap.recipes.workers import Job, Work, default_workers, train_jobs
 from regimewrap.report.results import Run
 
-WORK = Work("digits", 40, TrainSettings(arch="wrn-10-1", epochs=2, batch_size=10, lr=0.05, keep_ratios=(1.0,)))
-JOBS = [Job("reset", RegimePolicy.preset("loss-reset", total_steps=8), seed) for seed in range(3)]
+WORK = Work("digits", 40, TrainSettings(arch="wrn-10-1", epochs=1, batch_size=10, lr=0.05, keep_ratios=(1.0,)))
+JOBS = [Job("reset", RegimePolicy.preset("loss-reset", total_steps=8), seed) for seed in range(2)]
 
 
 def timeless(run: Run) -> Run:
@@ -39,6 +39,7 @@ def test_runs_made_at_once_equal_runs_made_here_one_by_one():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_run_is_said_with_its_name():
     work = replace(WORK, settings=replace(WORK.settings, lr=1e30))
 
@@ -63,6 +64,7 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_who_stops_listening_ends_the_runs():
     jobs = [Job("long", JOBS[0].policy, seed=0), Job("short", JOBS[0].policy, seed=1)]
     reports = train_jobs(jobs, WORK, 2)

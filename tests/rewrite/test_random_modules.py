@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -327,7 +327,6 @@ def test_each_way_equals_the_reference(make):
     unwrap(model)
 
 
-@settings(max_examples=60, deadline=None)
 @given(bodies(), st.sampled_from(["as it is", "copied after", "copied before", "wrapped again"]))
 def test_a_random_module_equals_the_reference_at_every_budget(model, history):
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))

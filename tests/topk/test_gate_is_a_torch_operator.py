@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from regimewrap.topk import op
 from regimewrap.topk.cpu import dispatch as cpu
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import kept
+
+relu_gate = functools.partial(topk_gate, after_relu=True)
 
 SCOPES = ["sample", "position", "batch"]
 ROWS = torch.tensor((0.5, 1.0), dtype=torch.float64)

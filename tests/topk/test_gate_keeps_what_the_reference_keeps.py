@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from regimewrap.topk.op import topk_gate
@@ -75,7 +75,6 @@ def units_by_row(x: torch.Tensor, scope: str, channel_dim: int) -> torch.Tensor:
 
 
 @given(st.data(), tensors(), st.floats(0.001, 1.2))
-@settings(max_examples=300, deadline=None)
 def test_output_and_gradient_are_those_of_the_reference(data, x, keep_ratio):
     selection = data.draw(selections(x.dim()))
     x = x.requires_grad_()
@@ -91,7 +90,6 @@ def test_output_and_gradient_are_those_of_the_reference(data, x, keep_ratio):
 
 
 @given(tensors(min_dims=2), st.floats(0.01, 0.999), st.sampled_from(["sample", "position", "batch"]))
-@settings(max_examples=200, deadline=None)
 def test_at_most_k_units_stay_without_ties_and_never_fewer_than_k_of_the_non_zero(x, keep_ratio, scope):
     if x.numel() == 0:
         return
@@ -109,7 +107,6 @@ def test_at_most_k_units_stay_without_ties_and_never_fewer_than_k_of_the_non_zer
 
 
 @given(tensors(min_dims=1), st.floats(0.01, 1.0), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
 def test_permuting_samples_commutes_with_the_gate(x, keep_ratio, random):
     order = list(range(x.shape[0]))
     random.shuffle(order)
@@ -121,7 +118,6 @@ def test_permuting_samples_commutes_with_the_gate(x, keep_ratio, random):
 
 
 @given(st.data(), tensors(), st.sampled_from(["masked", "straight_through"]))
-@settings(max_examples=100, deadline=None)
 def test_at_full_budget_values_and_gradients_are_untouched_bit_for_bit(data, x, gradient):
     selection = data.draw(selections(x.dim()))
     x = x.requires_grad_()
@@ -134,7 +130,6 @@ def test_at_full_budget_values_and_gradients_are_untouched_bit_for_bit(data, x, 
 
 
 @given(tensors(), st.floats(0.01, 1.0))
-@settings(max_examples=50, deadline=None)
 def test_straight_through_passes_the_gradient_to_every_unit(x, keep_ratio):
     x = x.requires_grad_()
     upstream = torch.randn(x.shape).to(x.dtype)

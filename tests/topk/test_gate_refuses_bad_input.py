@@ -47,10 +47,10 @@ def test_the_keep_ratio_is_a_double_on_the_cpu(keep_ratio):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scope": "samples"}, 'Did you mean "sample"'),
+        ({"scope": "samples"}, "Did you mean 'sample'"),
         ({"score": "abs"}, "score must be one of magnitude, value"),
         ({"relative_to": "alive"}, "relative_to must be one of"),
-        ({"ties": "exactly"}, 'Did you mean "exact"'),
+        ({"ties": "exactly"}, "Did you mean 'exact'"),
         ({"scope": "position", "channel_dim": 2}, "channel_dim must name a dimension"),
         ({"multiplier": 0.0}, "multiplier must be a positive number"),
         ({"multiplier": float("inf")}, "multiplier must be a positive number"),

@@ -5,6 +5,7 @@ The interpreter has to be chosen before Triton is imported, so without a GPU the
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from regimewrap import topk
 from regimewrap.topk import plain
 from regimewrap.topk.gpu import dispatch as gpu
-from regimewrap.topk.op import relu_gate, topk_gate
+from regimewrap.topk.op import topk_gate
 from regimewrap.topk.reference import kept
 from regimewrap.topk.selection import INTEGERS, Selection, full_rows
+
+relu_gate = functools.partial(topk_gate, after_relu=True)
 
 pytest.importorskip("triton", reason="the kernels are compiled by Triton")
 
@@ -47,6 +50,7 @@ CONTENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="they run here")
 def test_all_agree_through_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

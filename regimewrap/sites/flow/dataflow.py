@@ -6,10 +6,11 @@ it is built at most once for a plan and ends with it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -67,16 +68,14 @@ class Dataflow:
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType):
             return None
-        paths: dict[int, str] = {}
-        for name, each in module.named_modules():
-            paths[id(each)] = name
+        paths = functools.cache(lambda: {id(each): name for name, each in module.named_modules()})
         known = self._alike[function, type(module)]
         for trace in known:
             if trace is None or all(
                 _finds(module, path, name, value, paths) for (path, name), value in trace.reads.items()
             ):
                 return trace
-        tracer = Tracer(module, paths)
+        tracer = Tracer(module, paths())
         trace = tracer.read(function)
         # Of the module itself nothing is to be kept but what tells others that they read alike.
         known.append(trace)
@@ -221,7 +220,7 @@ def _nodes(argument: Any) -> list[fx.Node]:
     return found
 
 
-def _finds(module: nn.Module, path: str, name: str, value: Any, paths: dict[int, str]) -> bool:
+def _finds(module: nn.Module, path: str, name: str, value: Any, paths: Callable[[], dict[int, str]]) -> bool:
     """Say whether a module has, at a dotted name below it, an attribute that reads like a value."""
     for part in path.split(".") if path else ():
         if part not in module._modules or module._modules[part] is None:
@@ -231,7 +230,7 @@ def _finds(module: nn.Module, path: str, name: str, value: Any, paths: dict[int,
     return _alike(now, value, paths)
 
 
-def _alike(a: Any, b: Any, paths: dict[int, str]) -> bool:
+def _alike(a: Any, b: Any, paths: Callable[[], dict[int, str]]) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
@@ -239,7 +238,7 @@ def _alike(a: Any, b: Any, paths: dict[int, str]) -> bool:
     if isinstance(a, bool | int | float | str):
         return bool(a == b)
     if isinstance(a, nn.Module):
-        return id(a) in paths
+        return id(a) in paths()
     if isinstance(a, torch.Tensor):
         return True
     if type(a) in (list, tuple):

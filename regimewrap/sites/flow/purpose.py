@@ -86,6 +86,7 @@ class Purpose:
         self.flow = flow
         self._model = flow.model
         self._shapes = shapes or Shapes()
+        self._goes_on: set[str] = set()  # names of activations that are known to make features, and no output
 
     def left_alone(self, activation: Activation) -> str | None:
         """Return why an activation is to be left alone, in words, or ``None`` if it makes hidden features."""
@@ -95,13 +96,15 @@ class Purpose:
             return "does not see the batch: it computes a parameter"
         calls = self.calls(activation)
         if calls:
-            if {self.flow.origin(path, node) for path, node in calls} == {"constant"}:
+            origins = [self.flow.origin(path, node) for path, node in calls]
+            if set(origins) == {"constant"}:
                 return "does not see the batch: computed from parameters and buffers alone"
             ends: set[str] = set()
-            for path, node in calls:
-                pooled = self.flow.origin(path, node) == "pooled"
-                for end in self._ends(path, node, _Way(pooled)):
+            for (path, node), origin in zip(calls, origins, strict=True):
+                for end in self._ends(path, node, _Way(origin == "pooled")):
                     if end == "features":
+                        if origin != "pooled":
+                            self._goes_on.add(activation.name)
                         return None
                     ends.add(end if end != "output" or self._narrows(path, node) else "hidden output")
             if "hidden output" in ends:
@@ -119,6 +122,8 @@ class Purpose:
         batch = self._shapes.batch
         if shape and batch is not None and shape[0] != batch:
             return f"; of shape {shape} for a batch of {batch}: what scope='sample' takes for a sample is a part of one"
+        if activation.name in self._goes_on:
+            return ""
         calls = self.calls(activation)
         if calls and all(end == "output" for path, node in calls for end in self._ends(path, node, _Way(pooled=False))):
             return "; an output of the network: exclude it if its values are what you train on (density, depth)"

@@ -76,10 +76,7 @@ def gate(
     full = _scaled(full, outer, y)
 
     def run(start: int, stop: int) -> None:
-        if inner == 1:
-            kernels.gate_rows(source, result, packed, start, stop, full, units, how)
-        else:
-            kernels.gate_positions(source, result, packed, start, stop, full, units, how, inner)
+        kernels.gate_blocks(source, result, packed, start, stop, full, units, inner, how)
 
     return _share(run, outer, step, x.numel(), full)
 
@@ -238,7 +235,7 @@ def in_threads(kernels: Kernels, run: Callable[[int, int], None], bounds: list[i
         try:
             run(*bounds[:2])
         finally:
-            wait(others)  # nobody writes to the tensor once we have returned
+            wait(others)  # no thread may write to the tensor once we have returned
         for other in others:
             other.result()
 

@@ -74,7 +74,7 @@ def cut(x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, pivot: Any,
     Args:
         x: bits of the input, flat.
         y: bits of the output, flat; same dtype.
-        bits: which elements were kept, packed; empty where nobody asks.
+        bits: which elements were kept, packed; empty where nothing is to be noted.
         start: the first element; a multiple of 8.
         stop: one past the last; a multiple of 8, or the end.
         full: the first element that is kept whatever its key, and one past the last of these.

@@ -16,7 +16,7 @@ import numpy as np
 from regimewrap.topk.cpu.elements import count, cut, keep_all, mask_gradient, pack
 from regimewrap.topk.cpu.search import POSITIVE, SAMPLE, VALUE, compiled, find_threshold, key, last_tie
 
-__all__ = ["count", "cut", "gate_positions", "gate_rows", "gate_whole", "mask_gradient"]
+__all__ = ["count", "cut", "gate_blocks", "gate_whole", "mask_gradient"]
 
 int64: Any = np.int64
 
@@ -85,49 +85,79 @@ def _gate_row(x: Any, y: Any, mask: Any, how: Any, sample: Any) -> None:
 
 
 @compiled
-def _room(units: Any, bits: Any) -> Any:
-    """Return how many rows are packed together, and a byte for each of their units where bits are wanted."""
-    together = 1 if units % 8 == 0 else 8
-    return together, np.zeros((together * units + 7) // 8 * 8 if bits.size else 0, np.uint8)
+def _gate_positions(x: Any, y: Any, mask: Any, how: Any, inner: int, room: Any) -> None:
+    """Gate ``inner`` rows whose units lie that far apart, as channels of an image do; ``mask`` as in ``_gate_row``."""
+    keys, thresholds, ends, sample = room
+    _, _, exact, score, infinity, top = how
+    units, tile = x.size // inner, thresholds.size
+    for i in range(x.size):
+        y[i] = key(x[i], score, infinity, top)
+    for left in range(0, inner, tile):
+        width = min(tile, inner - left)
+        for unit in range(units):
+            line = y[unit * inner + left : unit * inner + left + width]
+            for j in range(width):
+                keys[j, unit] = line[j]
+        for j in range(width):
+            threshold, ends[j] = _pivot(keys[j, :units], how, sample)
+            thresholds[j] = threshold
+        for unit in range(units):
+            here = slice(unit * inner + left, unit * inner + left + width)
+            if mask.size:
+                _write_each_with_mask(x[here], y[here], thresholds, mask[here])
+            else:
+                _write_each(x[here], y[here], thresholds)
+            if exact:
+                for j in range(width):
+                    if ends[j] == unit + 1 < units:
+                        thresholds[j] += 1
 
 
 @compiled
-def gate_rows(x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, units: int, how: Any) -> None:
-    """Gate rows ``start`` to ``stop`` whose units are neighbours in memory.
+def gate_blocks(x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, units: int, inner: int, how: Any) -> None:
+    """Gate blocks ``start`` to ``stop``: each is one row (``inner`` is 1), or as many rows, whose units take turns.
 
     Args:
         x: bits of the input, flat.
         y: bits of the output, flat; same dtype.
-        bits: which units were kept, packed over the whole tensor; empty where nobody asks.
-        start: the first row; a multiple of 8 where bits are wanted and rows do not fill bytes.
-        stop: one past the last row.
-        full: the first row that keeps all its units, and one past the last of these.
+        bits: which units were kept, packed over the whole tensor; empty where nothing is to be noted.
+        start: the first block; a multiple of 8 where bits are wanted and blocks do not fill bytes.
+        stop: one past the last block.
+        full: the first block that keeps all its units, and one past the last of these.
         units: in a row.
+        inner: how far apart these lie.
         how: the effective keep ratio, in (0, 1); whether k is a share of the non-zero units only; whether ties are cut,
             lowest index first; MAGNITUDE, VALUE, or POSITIVE for the magnitude after a ReLU, which is then applied; the
             bits of infinity, and the largest integer of that dtype.
     """
     full_from, full_to = full
     _, _, _, score, infinity, top = how
+    block = units * inner
+    tile = max(16, min(64, (1 << 15) // units)) if inner > 1 else 0
     sample = np.empty(SAMPLE, x.dtype)
-    together, mask = _room(units, bits)
+    # Rows one cache line longer than they need be: at a power of two they would all compete for the same lines.
+    room = np.empty((tile, units + 16), x.dtype), np.empty(tile, x.dtype), np.empty(tile, np.int64), sample
+    together = 1 if block % 8 == 0 else 8  # blocks that are packed together
+    mask = np.zeros((together * block + 7) // 8 * 8 if bits.size else 0, np.uint8)
     for first in range(start, stop, together):
         last = min(first + together, stop)
-        for row in range(first, last):
-            source, result = x[row * units : (row + 1) * units], y[row * units : (row + 1) * units]
-            noted = mask[(row - first) * units : (row - first + 1) * units]
-            if full_from <= row < full_to:
+        for number in range(first, last):
+            source, result = x[number * block : (number + 1) * block], y[number * block : (number + 1) * block]
+            noted = mask[(number - first) * block : (number - first + 1) * block]
+            if full_from <= number < full_to:
                 keep_all(source, result, noted, score, infinity, top)
-            else:
+            elif inner == 1:
                 _gate_row(source, result, noted, how, sample)
+            else:
+                _gate_positions(source, result, noted, how, inner, room)
         if bits.size:
-            mask[(last - first) * units :] = 0
-            pack(mask, bits[first * units // 8 : (last * units + 7) // 8])
+            mask[(last - first) * block :] = 0
+            pack(mask, bits[first * block // 8 : (last * block + 7) // 8])
 
 
 @compiled
 def gate_whole(x: Any, y: Any, bits: Any, full: Any, how: Any) -> None:
-    """Gate all elements as one row, apart from those in ``full``, an end of it that is kept; see ``gate_rows``."""
+    """Gate all elements as one row, apart from those in ``full``, an end of it that is kept; see ``gate_blocks``."""
     full_from, full_to = full
     _, _, _, score, infinity, top = how
     begin, end = (full_to, x.size) if full_from == 0 else (0, full_from)
@@ -139,55 +169,3 @@ def gate_whole(x: Any, y: Any, bits: Any, full: Any, how: Any) -> None:
     keep_all(source, result, noted[full_from:full_to], score, infinity, top)
     if bits.size:
         pack(mask, bits)
-
-
-@compiled
-def gate_positions(
-    x: Any, y: Any, bits: Any, start: int, stop: int, full: Any, units: int, how: Any, inner: int
-) -> None:
-    """Gate positions whose units lie ``inner`` elements apart, as channels of an image do; see ``gate_rows``.
-
-    ``start``, ``stop`` and ``full`` count blocks of ``units`` times ``inner`` elements.
-    """
-    full_from, full_to = full
-    _, _, exact, score, infinity, top = how
-    block = units * inner
-    tile = max(16, min(64, (1 << 15) // units))
-    # Rows one cache line longer than they need be: at a power of two they would all compete for the same lines.
-    keys = np.empty((tile, units + 16), x.dtype)
-    thresholds = np.empty(tile, x.dtype)
-    ends = np.empty(tile, np.int64)
-    sample = np.empty(SAMPLE, x.dtype)
-    together, mask = _room(block, bits)
-    for first in range(start, stop, together):
-        last = min(first + together, stop)
-        for outer in range(first, last):
-            source, result = x[outer * block : (outer + 1) * block], y[outer * block : (outer + 1) * block]
-            noted = mask[(outer - first) * block : (outer - first + 1) * block]
-            if full_from <= outer < full_to:
-                keep_all(source, result, noted, score, infinity, top)
-                continue
-            for i in range(block):
-                result[i] = key(source[i], score, infinity, top)
-            for left in range(0, inner, tile):
-                width = min(tile, inner - left)
-                for unit in range(units):
-                    line = result[unit * inner + left : unit * inner + left + width]
-                    for j in range(width):
-                        keys[j, unit] = line[j]
-                for j in range(width):
-                    threshold, ends[j] = _pivot(keys[j, :units], how, sample)
-                    thresholds[j] = threshold
-                for unit in range(units):
-                    line = slice(unit * inner + left, unit * inner + left + width)
-                    if bits.size:
-                        _write_each_with_mask(source[line], result[line], thresholds, noted[line])
-                    else:
-                        _write_each(source[line], result[line], thresholds)
-                    if exact:
-                        for j in range(width):
-                            if ends[j] == unit + 1 < units:
-                                thresholds[j] += 1
-        if bits.size:
-            mask[(last - first) * block :] = 0
-            pack(mask, bits[first * block // 8 : (last * block + 7) // 8])

@@ -165,16 +165,7 @@ def _tile(units: int, inner: int, size: int) -> tuple[int, int] | None:
 
 
 def mask_gradient(grad: Tensor, bits: Tensor, out: Tensor) -> bool:
-    """Write ``grad`` to ``out`` where a bit is set, and zero elsewhere.
-
-    Args:
-        grad: on a GPU, at least one element, strides of ``out``, no lazy negation.
-        bits: as ``gate`` wrote them.
-        out: fills its memory without gaps.
-
-    Returns:
-        False if no kernel serves this tensor; ``out`` is then undefined.
-    """
+    """Write ``grad``, which is on a GPU, to ``out`` where a bit is set; all else is as on the CPU."""
     kernels = KERNELS.get()
     programs = -(-grad.numel() // 1024)
     if kernels is None or grad.dtype not in INTEGERS or programs > _MOST_PROGRAMS:

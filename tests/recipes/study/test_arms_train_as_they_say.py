@@ -32,7 +32,9 @@ def cell_of(study, task, arm, seed=0, **changes):
     return final_cell(study, task, arm, seed, lr, knob)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [arm if arm in ("dense", "mixed") else pytest.param(arm, marks=pytest.mark.slow) for arm in ARMS]
+)
 def test_every_arm_trains_and_is_judged_at_every_budget(study, arm):
     figures = make(cell_of(study, "text", arm, training={"steps": 40}))
     for outcome in ("accuracy", "nll", "ece"):
