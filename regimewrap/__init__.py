@@ -9,7 +9,8 @@ from regimewrap._version import __version__
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.cycle.state import Regime
 from regimewrap.errors import RegimewrapError
-from regimewrap.gate.gate import TopKGate, at_keep_ratio, gate_of
+from regimewrap.gate.find import gate_of, is_wrapped
+from regimewrap.gate.gate import TopKGate, at_keep_ratio
 from regimewrap.measure.sweep import Sweep, recalibrate_batchnorm, sweep
 from regimewrap.measure.telemetry import watch
 from regimewrap.measure.verify import verify
@@ -37,6 +38,7 @@ __all__ = [
     "calibrate",
     "gate_of",
     "insert_gates",
+    "is_wrapped",
     "plan",
     "recalibrate_batchnorm",
     "serve",

@@ -50,6 +50,16 @@ def whole_of(part: nn.Module, gate: TopKGate) -> nn.Module | None:
     return root
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Say whether a model, or a part of it, is wrapped.
+
+    >>> model = nn.Sequential(nn.Linear(4, 10), nn.GELU())
+    >>> regimewrap.is_wrapped(model), regimewrap.is_wrapped(regimewrap.wrap(model))
+    (False, True)
+    """
+    return any(True for home in model.modules() for _ in _gates_on(home))
+
+
 def gate_of(model: nn.Module) -> TopKGate:
     """Return the one gate that a wrapped model's activations share.
 

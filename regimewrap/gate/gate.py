@@ -1,8 +1,8 @@
 """The shared gate: one keep ratio for every gated activation of a model.
 
 ``TopKGate`` is a handle, not a module: it adds nothing to ``state_dict``, ``named_modules`` or ``parameters``, and it
-is found again through the model it belongs to. How it gets behind an activation is the business of ``rewrite``; which
-units survive is the business of ``topk``. This file is the door of the room: what other rooms use is named here.
+is found again through the model it belongs to. ``rewrite`` puts it behind activations, ``topk`` says which units
+survive. This file is the door of the room: what other rooms use is named here.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ class TopKGate:
     Attributes:
         policy: the ``RegimePolicy`` the model was wrapped with.
         keep_ratio: 0-d float64 tensor on the CPU, in (0, 1]. It stays on the host on purpose: reading it never waits
-            for a device, and a compiled graph takes it as an input instead of baking it in. Change it with
-            ``set_budget`` or ``set_keep_ratio``, after a backward pass and before the next forward pass. A backward
-            pass keeps to the ratio of its forward pass; where activation checkpointing has to compute that again,
-            another ratio raises ``BudgetError`` (see ``at_keep_ratio`` for what cannot be seen).
-            A CUDA graph that is recorded by hand keeps the budget it was recorded at; changing it then warns.
+            for a device, and a compiled graph takes it as an input instead of baking it in. Assign a number to it, or
+            call ``set_budget``, after a backward pass and before the next forward pass. A backward pass keeps to the
+            ratio of its forward pass; where activation checkpointing computes that again, another ratio raises
+            ``BudgetError``. A CUDA graph that is recorded by hand keeps its budget; changing that then warns.
         dense_rows: the share of each batch's rows that run at the full budget in train mode, and the number of updates
             so far, which says which rows these are; float64 tensor of shape (2,) on the CPU. Change it with
             ``set_budget``.
@@ -121,13 +120,17 @@ class TopKGate:
         """
         self._settle(Setting.checked(keep_ratio, full_share, update))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "keep_ratio" and value is not self.budget.keep_ratio:
+            return self.set_keep_ratio(value)  # the tensor itself stays the one that sites read
+        return super().__setattr__(name, value)
+
     def set_keep_ratio(self, keep_ratio: float) -> None:
-        """Set the share of units kept at every site, and leave the share of dense rows as it is.
+        """Set the share of units kept at every site; ``gate.keep_ratio = 0.1`` does the same.
 
         Args:
-            keep_ratio: a fraction in (0, 1]; 1 makes the model bit for bit its dense self.
-
-        Inside ``at_keep_ratio`` it holds from the end of the block on.
+            keep_ratio: a fraction in (0, 1]; 1 makes the model bit for bit its dense self. Inside ``at_keep_ratio`` it
+                holds from the end of the block on.
 
         Raises:
             PolicyError: the ratio is outside (0, 1] or not a number.
@@ -160,10 +163,7 @@ class TopKGate:
             self._aim()
 
     def sample_next(self) -> None:
-        """From now on note, in train mode and outside of ``at_keep_ratio``, which calls of the gate cut anything.
-
-        Compiled code does too. It costs two passes over each activation until ``take_sample``.
-        """
+        """Note from now on, in train mode and outside of ``at_keep_ratio``, which calls cut; costs two passes each."""
         sampling.begin(self.keep_ratio)
 
     def take_sample(self) -> GateSample:

@@ -52,6 +52,9 @@ def percent_hint(name: str, value: object) -> str:
     return ""
 
 
+_PYDANTICS = frozenset(dir(BaseModel))
+
+
 class _Checked(ModelMetaclass):
     """Turns pydantic's error into ours where a user builds settings.
 
@@ -71,6 +74,10 @@ class Settings(BaseModel, metaclass=_Checked):
     """Base of all settings: frozen, no unknown names, finite numbers, mistakes reported as ``PolicyError``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, defer_build=True)
+
+    def __dir__(self) -> list[str]:
+        """Return what is ours: pydantic's own names would hide it where names are completed."""
+        return [name for name in super().__dir__() if name.startswith("__") or name not in _PYDANTICS]
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some settings changed, checked like new ones.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from regimewrap import GatePolicy, RegimePolicy, TopKGate, at_keep_ratio, gate_of, unwrap, wrap
+from regimewrap import GatePolicy, RegimePolicy, TopKGate, at_keep_ratio, gate_of, is_wrapped, unwrap, wrap
 from regimewrap.errors import PolicyError
 from regimewrap.gate.gate import GateSample, Site
 from regimewrap.topk import sampling
@@ -286,3 +286,28 @@ def test_the_compiler_is_told_of_a_new_budget(monkeypatch):
         told.clear()
         change()
         assert told
+
+
+def test_a_number_that_is_assigned_is_the_keep_ratio_that_sites_read():
+    model = wrap(nn.Sequential(nn.Linear(4, 20), nn.ReLU()), RegimePolicy(gate={"relative_to": "active"}))
+    gate = gate_of(model)
+    tensor = gate.keep_ratio
+    gate.keep_ratio = 0.1
+    assert gate.keep_ratio is tensor
+    assert float(tensor) == 0.1
+    for wrong in (0, 2, "half", None):
+        with pytest.raises(PolicyError, match="keep_ratio"):
+            gate.keep_ratio = wrong
+    assert float(tensor) == 0.1
+    twin = copy.deepcopy(model)
+    gate_of(twin).keep_ratio = 0.5
+    assert (float(gate_of(twin).keep_ratio), float(tensor)) == (0.5, 0.1)
+
+
+def test_a_model_is_wrapped_until_it_is_unwrapped():
+    model = nn.Sequential(nn.Linear(4, 20), nn.ReLU())
+    outer = nn.Sequential(wrap(model))
+    assert is_wrapped(model)
+    assert is_wrapped(outer)
+    unwrap(model)
+    assert not is_wrapped(outer)

@@ -220,3 +220,9 @@ def test_what_is_no_ratio_is_refused(value: Any):
 def test_a_percentage_gets_a_hint():
     with pytest.raises(PolicyError, match=r"got 20\. If you meant 20%, pass keep_ratio=0\.2\."):
         require_ratio("keep_ratio", 20)
+
+
+def test_completion_shows_our_names_and_not_pydantics():
+    names = [name for name in dir(RegimePolicy()) if not name.startswith("_")]
+    assert {"gate", "sites", "cycle", "replace", "preset", "to_file"} <= set(names)
+    assert not [name for name in names if name.startswith(("model_", "parse_"))]
