@@ -49,6 +49,7 @@ def test_a_crash_is_reported_the_others_go_on_and_the_status_says_so(bench, tmp_
     assert "error" in record["benchmarks"][0]
 
 
+@pytest.mark.slow
 def test_the_table_has_each_figure_beside_its_target(bench, tmp_path, capfd):
     assert bench.run_all(["figures"], out=tmp_path / "out") == 0
 
@@ -69,6 +70,7 @@ def test_the_record_names_machine_versions_command_and_load(bench, tmp_path):
     assert {"load before", "load after"} <= record.keys()
 
 
+@pytest.mark.slow
 def test_variants_of_a_script_run_apart_and_all_by_its_name(bench, monkeypatch, tmp_path):
     variants = {"figures": {"fast": [], "slow": ["--slower", "2"]}}
     monkeypatch.setattr(bench, "VARIANTS", variants)
@@ -104,6 +106,7 @@ def test_an_unknown_name_is_met_with_the_nearest_before_anything_runs(bench, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_benchmark_of_this_checkout(tmp_path):
     command = [sys.executable, SCRIPT, "--quick", "--only", "decision_cost"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -73,6 +73,7 @@ def test_a_reader_that_leaves_early_gets_no_error_text(start):
     assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
         result = subprocess.run(

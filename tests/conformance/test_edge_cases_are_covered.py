@@ -15,7 +15,7 @@ conformance/test_compiled_exported_and_functional.py
     compiled after wrap, fullgraph: test_wrapped_before_compile_it_is_one_graph_that_follows_the_ratio
     torch.export: test_an_exported_program_gates_as_the_model_does
     functional_call: test_functional_call_uses_the_weights_that_it_is_given
-    m.compile(): test_a_module_compiled_in_place_is_compiled_anew
+    m.compile(): test_wrapped_after_compile_it_is_compiled_anew_and_again_when_unwrapped
     fullgraph with changing ratio: test_a_changing_ratio_compiles_one_frame
     jit.script: test_scripting_a_wrapped_model_is_a_clear_error
     jit.trace: test_a_legacy_trace_gates_as_the_model_does

@@ -17,7 +17,7 @@ from regimewrap.recipes.training import TrainSettings, train_run
 from regimewrap.recipes.workers import Job, Work, default_workers, train_jobs
 from regimewrap.report.results import Run
 
-WORK = Work("digits", 40, TrainSettings(arch="wrn-10-1", epochs=1, batch_size=10, lr=0.05, keep_ratios=(1.0,)))
+WORK = Work("digits", 40, TrainSettings(arch="wrn-10-1", epochs=2, batch_size=10, lr=0.05, keep_ratios=(1.0,)))
 JOBS = [Job("reset", RegimePolicy.preset("loss-reset", total_steps=8), seed) for seed in range(2)]
 
 

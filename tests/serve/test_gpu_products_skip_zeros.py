@@ -23,6 +23,7 @@ runs_here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="they run here")
 def test_all_agree_through_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

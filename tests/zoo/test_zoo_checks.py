@@ -43,7 +43,7 @@ def test_a_gate_that_changes_a_bit_at_full_budget_is_noticed(monkeypatch):
 
 
 def test_a_gate_that_does_nothing_is_noticed(monkeypatch):
-    monkeypatch.setattr(TopKGate, "_select", lambda self, x, *_: x)  # noqa: ARG005
+    monkeypatch.setattr(TopKGate, "_select", lambda self, x, *_, **__: x)  # noqa: ARG005
     with pytest.raises(AssertionError, match=r"at keep ratio 0\.1 is unchanged"):
         examine(Toy(), inputs)
 
