@@ -24,7 +24,7 @@ PAGES = {
 
 def _skip_without_optional_packages(text: str) -> None:
     """Skip what imports a package that not everyone has installed."""
-    for name in ("accelerate", "lightning", "timm", "transformers"):
+    for name in ("accelerate", "lightning", "peft", "timm", "torchvision", "transformers"):
         if re.search(rf"^(from|import) {name}\b", text, re.MULTILINE) and find_spec(name) is None:
             pytest.skip(f"needs {name}")
 
@@ -34,6 +34,7 @@ def test_the_pages_with_code_are_found():
 
 
 @pytest.mark.filterwarnings("ignore:.*recalibrate_batchnorm:RuntimeWarning")  # the reader's model has BatchNorm
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_a_page_runs_and_prints_what_the_page_shows(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
