@@ -50,6 +50,7 @@ def test_what_is_wrong_with_a_run_is_said_with_its_name():
 
 def test_a_process_that_dies_is_an_error_and_not_a_wait():
     work = replace(WORK, settings=replace(WORK.settings, epochs=10_000))
+    jobs = [Job("long", RegimePolicy.preset("dense"), seed) for seed in range(2)]
 
     def kill() -> None:
         while not (workers := multiprocessing.active_children()):
@@ -59,7 +60,7 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait():
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RegimewrapError, match="a process that trained died"):
-        list(train_jobs(JOBS, work, 2))
+        list(train_jobs(jobs, work, 2))
     killer.join()
     assert multiprocessing.active_children() == []
 
