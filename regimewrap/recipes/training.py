@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from regimewrap.recipes.data import ImageData, ImageSet
 
 _TEST_BATCH = 500
-_LOOKS = 200  # in a run whose ratio moves at each update
+_LOOKS = 200  # in a run whose ratio moves at each update, at odd intervals as it may rest in turn
 
 
 @final
@@ -103,7 +103,7 @@ def train_run(
     cycler = RegimeCycler(model, total_steps=total_steps)
     optimizer, schedule = _optimizer(model, settings, total_steps)
     cycle = cycler.policy
-    recorder = _Recorder(model, max(1, total_steps // _LOOKS) if cycle.strategy.each_update else cycle.every)
+    recorder = _Recorder(model, max(1, total_steps // _LOOKS) | 1 if cycle.strategy.each_update else cycle.every)
     model.train()
     for x, y in _batches(data.train, settings, seed, device):
         with recorder.watching():

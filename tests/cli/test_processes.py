@@ -158,6 +158,6 @@ def test_the_demo_visits_all_budgets_and_shows_a_gain_at_small_ones(start, tmp_p
     ratios = [point.keep_ratio for point in mixed.trace]
     assert min(ratios) < 0.07
     assert max(ratios) > 0.7
-    assert mixed.bound_share > 0.5
+    assert mixed.bound_share > 0.25
     assert min(dense.accuracy["1.0"], mixed.accuracy["1.0"]) > 0.85
     assert mixed.accuracy["0.1"] > dense.accuracy["0.1"] + 0.05
