@@ -19,7 +19,7 @@ from torch import Tensor
 from regimewrap import RegimeCycler, RegimePolicy, TopKGate, gate_of, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, SignalError, WrapError
 
-from .requires import require
+from .requires import require, run_length
 
 require("lightning", "2.5", "lightning")
 
@@ -92,7 +92,9 @@ class RegimeCallback(Callback):
         """
         self._attach(pl_module)
         if self._cycler is None:
-            self._cycler = RegimeCycler(pl_module, total_steps=_length(trainer))
+            self._cycler = RegimeCycler(
+                pl_module, total_steps=run_length(pl_module, trainer.estimated_stepping_batches)
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that all ranks begin alike."""
@@ -135,14 +137,14 @@ class RegimeCallback(Callback):
         if self._module is None:
             raise WrapError("RegimeCallback loads its state from the trainer's checkpoints: pass ckpt_path to fit().")
         self._attach(self._module)
-        cycler = RegimeCycler(self._module, total_steps=self._length_for(state_dict))
+        cycler = RegimeCycler(self._module, total_steps=self._length_for(self._module, state_dict))
         cycler.load_state_dict(state_dict)
         self._cycler = cycler
 
-    def _length_for(self, state: dict[str, Any]) -> int | None:
+    def _length_for(self, module: LightningModule, state: dict[str, Any]) -> int | None:
         """Return the length of the run that goes on; where nothing goes on, as in ``validate``, the saved one's."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            return _length(self._trainer)
+            return run_length(module, self._trainer.estimated_stepping_batches)
         policy = state.get("policy")
         length = policy.get("cycle", {}).get("scaled_to") if isinstance(policy, dict) else None
         return length if isinstance(length, int) else None
@@ -186,9 +188,3 @@ class RegimeCallback(Callback):
             f"the policy monitors {name!r}, which training_step neither returned nor logged; "
             f"return it in its dict, or call self.log({name!r}, value)."
         )
-
-
-def _length(trainer: Trainer) -> int | None:
-    """Return the optimizer updates of the whole run; ``None`` if it has no end."""
-    length = trainer.estimated_stepping_batches
-    return int(length) if 1 <= length < math.inf else None

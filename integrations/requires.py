@@ -1,11 +1,15 @@
-"""Says what to install when an adapter's framework is missing or too old, before the adapter imports it."""
+"""What adapters ask before they begin: is their framework there and new enough, and how long is the run?"""
 
 from __future__ import annotations
 
+import math
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from torch import nn
+
+from regimewrap import gate_of
 from regimewrap.errors import MissingExtraError, UnsupportedVersionError
 
 
@@ -29,6 +33,16 @@ def require(package: str, at_least: str, extra: str) -> None:
         return
     if _numbers(found) < _numbers(at_least):
         raise UnsupportedVersionError(package, found, at_least)
+
+
+def run_length(model: nn.Module, updates: float) -> int | None:
+    """Return a trainer's number of updates for ``RegimeCycler``.
+
+    ``None`` where the trainer's run has no end, and where the policy was scaled to a length by hand: that stands.
+    """
+    if isinstance(gate_of(model).policy.cycle.scaled_to, int) or not 1 <= updates < math.inf:
+        return None
+    return int(updates)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

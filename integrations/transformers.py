@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from regimewrap import RegimeCycler, RegimePolicy, gate_of, watch, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, SignalError, StateError, WrapError
 
-from .requires import require
+from .requires import require, run_length
 
 require("transformers", "4.50", "transformers")
 require("accelerate", "1.3", "transformers")
@@ -122,7 +122,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
         if isinstance(kept, list):
             raise WrapError(f"the trainer has {len(kept)} callbacks {name}; one drives the model: remove the others.")
         self._attach(kwargs["model"])  # a trainer with model_init has just made a new one
-        self._cycler = RegimeCycler(kwargs["model"], total_steps=state.max_steps if state.max_steps > 0 else None)
+        self._cycler = RegimeCycler(kwargs["model"], total_steps=run_length(kwargs["model"], state.max_steps))
         self._shared, self._loss, self._gets_each_loss, self._logged = None, None, False, state.global_step
         # At step 0 what is kept is only what the trainer has asked this object itself.
         if state.global_step > 0:

@@ -82,6 +82,11 @@ def test_a_preset_is_scaled_to_the_trainers_run_and_half_of_each_batch_stays_den
         assert density == pytest.approx((1 + int(32 * ratio) / 32) / 2, abs=0.02)
 
 
+def test_a_policy_that_was_scaled_by_hand_stays_as_it_is(tmp_path: Path):
+    policy = RegimePolicy.preset("sawtooth", total_steps=24).replace(gate={"scope": "position"})
+    assert _trained(tmp_path, policy, max_steps=4).regime.cycler.policy == policy.cycle
+
+
 @pytest.mark.parametrize("adapter", ["mixin", "callback"])
 def test_with_the_policy_dense_losses_and_weights_are_those_of_a_run_without_the_adapter(adapter: str, tmp_path: Path):
     results = []
