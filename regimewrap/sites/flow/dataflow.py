@@ -6,11 +6,10 @@ it is built at most once for a plan and ends with it.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -44,8 +43,11 @@ class Dataflow:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._names: dict[int, list[str]] = defaultdict(list)
+        for name, each in self.modules.items():
+            self._names[id(each)].append(name)
         self._traces: dict[tuple[str, str], Trace | None] = {}
-        self._alike: dict[Any, list[Trace | None]] = defaultdict(list)
+        self._known: dict[Any, list[Trace | None]] = defaultdict(list)
         self._index: dict[int, list[tuple[str, fx.Node]]] | None = None
 
     def module(self, path: str) -> nn.Module:
@@ -56,10 +58,11 @@ class Dataflow:
     def trace(self, path: str, method: str = "forward") -> Trace | None:
         """Return what was read of a module's method, or ``None`` if it has no source or is not a plain method."""
         if (path, method) not in self._traces:
-            self._traces[path, method] = self._read(self.module(path), method)
+            self._traces[path, method] = self._read(path, method)
         return self._traces[path, method]
 
-    def _read(self, module: nn.Module, method: str) -> Trace | None:
+    def _read(self, path: str, method: str) -> Trace | None:
+        module = self.module(path)
         if isinstance(module, torch.jit.ScriptModule):
             return None
         function = stored(module, method)
@@ -68,27 +71,52 @@ class Dataflow:
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType):
             return None
-        paths = functools.cache(lambda: {id(each): name for name, each in module.named_modules()})
-        known = self._alike[function, type(module)]
+        known = self._known[function, type(module)]
         for trace in known:
             if trace is None or all(
-                _finds(module, path, name, value, paths) for (path, name), value in trace.reads.items()
+                self._finds(module, path, inner, name, value) for (inner, name), value in trace.reads.items()
             ):
                 return trace
-        tracer = Tracer(module, paths())
-        trace = tracer.read(function)
+        trace = Tracer(module, {id(each): name for name, each in module.named_modules()}).read(function)
         # Of the module itself nothing is to be kept but what tells others that they read alike.
         known.append(trace)
         return trace
 
+    def _finds(self, module: nn.Module, home: str, path: str, name: str, value: Any) -> bool:
+        """Say whether the module at ``home`` has, at a dotted name below it, an attribute that reads like a value."""
+        for part in path.split(".") if path else ():
+            if part not in module._modules or module._modules[part] is None:
+                return False
+            module = module._modules[part]  # type: ignore[assignment]
+        now = tuple(module._modules) if name == "_modules" else stored(module, name)
+        return self._alike(now, value, home)
+
+    def _alike(self, a: Any, b: Any, home: str) -> bool:
+        if a is b:
+            return True
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, bool | int | float | str):
+            return bool(a == b)
+        if isinstance(a, nn.Module):
+            return any(not home or name == home or name.startswith(f"{home}.") for name in self._names.get(id(a), ()))
+        if isinstance(a, torch.Tensor):
+            return True
+        if type(a) in (list, tuple):
+            return len(a) == len(b) and all(self._alike(one, other, home) for one, other in zip(a, b, strict=True))
+        if type(a) is dict:
+            return a.keys() == b.keys() and all(self._alike(a[key], b[key], home) for key in a)
+        return isinstance(a, types.MethodType) and a.__func__ is b.__func__ and isinstance(a.__self__, nn.Module)
+
     def forget(self) -> None:
-        """Let go of the model: graphs are cycles, and what they refer to would look as if somebody else held it."""
-        for traces in self._alike.values():
+        """Let go of the model: graphs are cycles, and what they refer to would look as if something else held it."""
+        for traces in self._known.values():
             for trace in traces:
                 if trace is not None:
                     trace.reads.clear()
                     trace.callees.clear()
         self.modules.clear()
+        self._names.clear()
 
     def graph(self, path: str, method: str = "forward") -> fx.Graph | None:
         """Return the graph of a module's own forward, or ``None`` if that cannot be followed."""
@@ -218,31 +246,3 @@ def _nodes(argument: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(argument, found.append)
     return found
-
-
-def _finds(module: nn.Module, path: str, name: str, value: Any, paths: Callable[[], dict[int, str]]) -> bool:
-    """Say whether a module has, at a dotted name below it, an attribute that reads like a value."""
-    for part in path.split(".") if path else ():
-        if part not in module._modules or module._modules[part] is None:
-            return False
-        module = module._modules[part]  # type: ignore[assignment]
-    now = tuple(module._modules) if name == "_modules" else stored(module, name)
-    return _alike(now, value, paths)
-
-
-def _alike(a: Any, b: Any, paths: Callable[[], dict[int, str]]) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, bool | int | float | str):
-        return bool(a == b)
-    if isinstance(a, nn.Module):
-        return id(a) in paths()
-    if isinstance(a, torch.Tensor):
-        return True
-    if type(a) in (list, tuple):
-        return len(a) == len(b) and all(_alike(one, other, paths) for one, other in zip(a, b, strict=True))
-    if type(a) is dict:
-        return a.keys() == b.keys() and all(_alike(a[key], b[key], paths) for key in a)
-    return isinstance(a, types.MethodType) and a.__func__ is b.__func__ and isinstance(a.__self__, nn.Module)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import linecache
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -66,51 +67,79 @@ def parse(function: types.FunctionType) -> ast.FunctionDef | None:
     Lines count from 1 at the first line of the source, decorators included; columns are those of the file. A source
     that is not the code that runs, since the file was edited after the import, is not read.
     """
+    code = code_of(function)
+    places = _places_in(code)
+    _look_for_edits(code.co_filename)
+    lines = linecache.getlines(code.co_filename, function.__globals__)[code.co_firstlineno - 1 :]
+    if not lines:
+        return None
+    # What runs ends with its last instruction; to look for the end of the block takes longer than all the rest.
+    end = max((last for _, _, last, _ in places), default=0) - code.co_firstlineno + 1
+    tree = _only_function(lines[:end]) or _only_function(inspect.getblock(lines))
+    return tree if tree is not None and _is_source_of(tree, code, places) else None
+
+
+@remembered
+def _look_for_edits(filename: str) -> None:
+    linecache.checkcache(filename)
+
+
+def _only_function(lines: list[str]) -> ast.FunctionDef | None:
+    """Return the tree of a source that is one function; ``None`` for a lambda, or several definitions on one line."""
+    source = "".join(lines)
+    # Indented code is not dedented, which would change its multi-line strings, but put into a block.
+    indented = source[:1] in (" ", "\t")
     try:
-        source = inspect.getsource(code_of(function))
-        # Indented code is not dedented, which would change its multi-line strings, but put into a block.
-        indented = source[:1] in " \t"
         body = ast.parse(f"if 1:\n{source}" if indented else source).body
-    except (OSError, TypeError, SyntaxError, ValueError):
+    except (SyntaxError, ValueError):
         return None
     if indented:
         body = body[0].body  # type: ignore[attr-defined]
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
-        return None  # a lambda, or several definitions on one line
+        return None
     if indented:
         ast.increment_lineno(body[0], -1)
-    return body[0] if _is_source_of(body[0], code_of(function)) else None
+    return body[0]
 
 
-def _is_source_of(tree: ast.FunctionDef, code: types.CodeType) -> bool:
+#: Line, column, last line and last column in a file.
+_Place = tuple[int, int, int, int]
+
+
+def _is_source_of(tree: ast.FunctionDef, code: types.CodeType, places: Set[_Place]) -> bool:
     """Say whether code was compiled from a tree, as far as its names and the places of its calls tell."""
     arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
-    names = [each.arg for each in arguments]
-    if tree.name != code.co_name or len(names) != code.co_argcount + code.co_kwonlyargcount:
+    if tree.name != code.co_name or len(arguments) != code.co_argcount + code.co_kwonlyargcount:
         return False
-    written: set[str] = set(names)
-    for node in ast.walk(tree):
-        written.update(value for value in vars(node).values() if isinstance(value, str))
-        if isinstance(node, ast.Import | ast.ImportFrom):
+    written, spans = {each.arg for each in arguments}, list[Span]()
+    ahead: list[ast.AST] = list(tree.body)
+    for node in ahead:
+        for value in vars(node).values():  # ast.walk takes three times as long
+            if type(value) is str:
+                written.add(value)
+            elif type(value) is list:
+                ahead += [each for each in value if isinstance(each, ast.AST)]
+            elif isinstance(value, ast.AST):
+                ahead.append(value)
+        if isinstance(node, ast.Call):
+            spans.append(span_of(node))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             written.update(part for each in node.names for part in each.name.split("."))
             written.update((getattr(node, "module", None) or "").split("."))
     # Names with two underscores in front are compiled with that of their class; pytest compiles assertions anew.
     rewritten = any(name.startswith("@py") for name in (*names_in(code), *code.co_varnames))
     if not rewritten and not all(name in written or "__" in name for name in names_in(code)):
         return False
-    places = _places_in(code)
     first = code.co_firstlineno - 1
-    calls = (each for statement in tree.body for each in ast.walk(statement) if isinstance(each, ast.Call))
-    spans = [
-        (each.lineno + first, each.col_offset, (each.end_lineno or 0) + first, each.end_col_offset) for each in calls
-    ]
+    compiled = [(line + first, start, last + first, end) in places for line, start, last, end in spans]
     # What stands behind a constant test, or in the annotation of a variable, is not compiled.
-    return not places or sum(span in places for span in spans) >= len(spans) / 2
+    return not places or sum(compiled) >= len(compiled) / 2
 
 
-def _places_in(code: types.CodeType) -> set[tuple[int | None, int | None, int | None, int | None]]:
+def _places_in(code: types.CodeType) -> set[_Place]:
     """Return the places of instructions, with those of functions defined inside; none if Python does not keep them."""
-    places = {(line, start, last, end) for line, last, start, end in code.co_positions() if start is not None}
+    found = ((line, start, last, end) for line, last, start, end in code.co_positions())
+    places: set[Any] = {place for place in found if None not in place}
     return places.union(*(_places_in(each) for each in code.co_consts if isinstance(each, types.CodeType)))
 
 
