@@ -85,7 +85,7 @@ def find(model: nn.Module, flow: Dataflow | None = None) -> list[Activation]:
 
     Args:
         model: read only.
-        flow: where its values go, if somebody needs that too.
+        flow: where its values go, if the caller needs that too.
     """
     flow = flow if flow is not None else Dataflow(model)
     modules = list(model.named_modules())
@@ -180,13 +180,16 @@ def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple
 
 
 def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Dataflow) -> Iterator[Activation]:
+    methods = own_methods(module)
+    if not methods and _is_torch_layer(module):
+        return
     prefix = f"{path}." if path else ""
     trace = flow.trace(path)
     seen: dict[types.CodeType, dict[Span, Sequence[Any]]] = defaultdict(dict)
     for (code, span), callees in trace.callees.items() if trace is not None else ():
         seen[code][span] = callees
     listed: dict[tuple[types.CodeType | None, Span], None] = {}
-    for owner, name, function in own_methods(module):
+    for owner, name, function in methods:
         place, method = f"{prefix}{name}", Method(path, owner, name)
         if getattr(type(module), name, None) is not function:
             if not _reached_by_super(type(module), name, owner):
@@ -206,6 +209,13 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
             if gated is not None:
                 seen.pop(code_of(gated), None)
     yield from _elsewhere(path, prefix, seen, listed, registered)
+
+
+def _is_torch_layer(module: nn.Module) -> bool:
+    """Say whether a module without children runs a forward of torch's, which calls no activation but a fused one."""
+    forward = module.__dict__.get("forward", getattr(type(module), "forward", None))
+    torchs = (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules.")
+    return torchs and next(module.children(), None) is None
 
 
 def _named(

@@ -31,7 +31,7 @@ from regimewrap.sites.read.code import (
 )
 from regimewrap.sites.read.helpers import helper_nodes
 from regimewrap.sites.read.memory import remembered
-from regimewrap.sites.read.named import held_activations, kind_of_call, kind_of_short, names_activation
+from regimewrap.sites.read.named import holds_activation, kind_of_call, kind_of_short, names_activation
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,17 @@ def find_calls(
         module: for a method an instance, so that ``self.act(x)`` can be looked up.
         registered: ids of the modules that hooks reach; a call of any other activation module counts as a call here.
         arguments: what a plain function is certainly called with.
-        callees: by place, what is called there, as far as somebody followed the code.
+        callees: by place, what is called there, as far as the tracer followed the code.
     """
     function = body_of(function)
-    held = held_activations(module) if module is not None else set()
+    names = names_in(code_of(function))
     known = {span: _kinds_called(values, registered) for span, values in callees.items()}
     known = {span: kinds for span, kinds in known.items() if any(kinds)}
-    if not known and not names_activation(function) and not held & names_in(code_of(function)):
+    if not (known or names_activation(function) or (module is not None and holds_activation(module, names))):
         return []
     if parse(function) is None:
         children = {name for each in module.modules() for name in each._modules} if module is not None else set()
-        kinds = {
-            name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in names_in(code_of(function))
-        }
+        kinds = {name: catalog.TENSOR_METHODS.get(name) or catalog.kind_of_name(name) for name in names}
         return [Call(name, kind, NOWHERE) for name, kind in sorted(kinds.items()) if kind and name not in children]
     scope = Scope(function, module, arguments)
     factors = _factors(function)

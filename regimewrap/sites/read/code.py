@@ -119,7 +119,7 @@ def _is_source_of(tree: ast.FunctionDef, code: types.CodeType, places: Set[_Plac
                 written.add(value)
             elif type(value) is list:
                 ahead += [each for each in value if isinstance(each, ast.AST)]
-            elif isinstance(value, ast.AST):
+            elif isinstance(value, ast.AST) and type(value) is not ast.Load:
                 ahead.append(value)
         if isinstance(node, ast.Call):
             spans.append(span_of(node))
@@ -186,7 +186,7 @@ class Scope:
     def value_of(self, node: ast.expr) -> Any:
         """Return the object an expression such as ``F.relu`` or ``self.act`` stands for, or ``UNKNOWN``."""
         if isinstance(node, ast.Name):
-            return self._name(node.id)
+            return self.named(node.id)
         if isinstance(node, ast.Attribute):
             base = self.value_of(node.value)
             return UNKNOWN if base is UNKNOWN else attribute_of(base, node.attr)
@@ -199,7 +199,8 @@ class Scope:
                     return UNKNOWN
         return UNKNOWN
 
-    def _name(self, name: str) -> Any:
+    def named(self, name: str) -> Any:
+        """Return what a name stands for, or ``UNKNOWN``."""
         if name == self.self_name and self.module is not None:
             return self.module
         if name in self.locals:

@@ -55,13 +55,13 @@ def _held_helper_nodes(
     if module is None:
         return []
     cls: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
-    held = {name: value for name, value in module.__dict__.items() if isinstance(value, types.FunctionType)}
-    held = {name: value for name, value in (_static_methods(cls) | held).items() if name in names_in(code_of(function))}
-    held = {name: value for name, value in held.items() if _is_helper(value, _DEPTH - 1)}
+    code, static = code_of(function), _static_methods(cls)
+    named: dict[str, Any] = {name: module.__dict__.get(name, static.get(name)) for name in names_in(code)}
+    held = {name: value for name, value in named.items() if _is_helper(value, _DEPTH - 1)}
     nodes: dict[str, list[ast.Call]] = {}
     for node, _ in call_nodes(function) if held else ():
         base = node.func.value if isinstance(node.func, ast.Attribute) else None
-        if isinstance(base, ast.Name) and base.id == code_of(function).co_varnames[0] and node.func.attr in held:  # type: ignore[attr-defined]
+        if isinstance(base, ast.Name) and base.id == code.co_varnames[0] and node.func.attr in held:  # type: ignore[attr-defined]
             nodes.setdefault(node.func.attr, []).append(node)  # type: ignore[attr-defined]
     return [(held[name], each) for name, each in nodes.items()]
 
@@ -110,7 +110,7 @@ def _reaches_activation(function: types.FunctionType, depth: int) -> bool:
 def _named(function: types.FunctionType) -> list[Any]:
     """Return the globals and closed-over values that code may mean, those of modules that it names among them."""
     scope, names = Scope(function), names_in(code_of(function))
-    values = [scope.value_of(ast.Name(name, ast.Load())) for name in names]
+    values = [scope.named(name) for name in names]
     homes = [vars(each) for each in values if isinstance(each, types.ModuleType | type) and each is not torch]
     inside = [home[name] for home in homes for name in names if name in home]
     return values + [each.__func__ if isinstance(each, staticmethod) else each for each in inside]

@@ -112,13 +112,14 @@ def names_activation(function: types.FunctionType) -> bool:
     )
 
 
+def holds_activation(module: nn.Module, names: Set[str]) -> bool:
+    """Say whether a plain attribute of one of these names is an activation function, or a list or dict of them."""
+    if isinstance(module, TORCH_LAYERS) and "activation" in names:
+        return True
+    return any(_holds_activation(module.__dict__[name]) for name in names & module.__dict__.keys() - _TORCHS)
+
+
 _TORCHS = nn.Module().__dict__.keys()
-
-
-def held_activations(module: nn.Module) -> Set[str]:
-    """Return the names of plain attributes that are activation functions, or lists or dicts of them."""
-    held = {name for name, value in module.__dict__.items() if name not in _TORCHS and _holds_activation(value)}
-    return held | {"activation"} if isinstance(module, TORCH_LAYERS) else held
 
 
 def _holds_activation(value: Any, depth: int = 2) -> bool:
