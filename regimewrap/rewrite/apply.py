@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from regimewrap.gate.gate import GATE_ATTRIBUTE, SiteGate, TopKGate
-from regimewrap.rewrite import graph, runtime, share
+from regimewrap.rewrite import graph, runtime, share, shown
 from regimewrap.sites.plan import Plan
 
 
@@ -40,6 +40,7 @@ def apply(model: nn.Module, plan: Plan, gate: TopKGate) -> None:
         gate.anchor(model)
         model.__dict__[GATE_ATTRIBUTE] = gate
         model.__dict__[runtime.SCRIPTING] = runtime.refuse_scripting
+        shown.show(model)
     except BaseException:
         undo(model)
         raise

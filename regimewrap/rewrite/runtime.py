@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from regimewrap.errors import WrapError
 from regimewrap.gate.gate import SITES_ATTRIBUTE, SiteGate
+from regimewrap.rewrite import shown
 from regimewrap.rewrite.exchange import Copies, Part, put_in_place
 from regimewrap.rewrite.source import NotRewritableError
 
@@ -156,12 +157,14 @@ def attach_hook(module: nn.Module, gate: SiteGate) -> None:
     """Gate what ``module`` returns, before any other forward hook of it sees it."""
     module.register_forward_hook(GateHook(gate), prepend=True)
     module.__dict__[SCRIPTING] = refuse_scripting
+    shown.show(module)
 
 
 def attach_sites(module: nn.Module, sites: Sites) -> None:
     """Give ``module`` what its exchanged code asks for."""
     module.__dict__[SITES_ATTRIBUTE] = sites
     module.__dict__[SCRIPTING] = refuse_scripting
+    shown.show(module)
 
 
 def detach(module: nn.Module) -> None:
@@ -173,6 +176,7 @@ def detach(module: nn.Module) -> None:
         module._forward_hooks_always_called.pop(key, None)
     for name in (SITES_ATTRIBUTE, GATE_CHILD, SCRIPTING):
         module.__dict__.pop(name, None)
+    shown.hide(module)
 
 
 def refuse_scripting() -> None:
@@ -226,3 +230,7 @@ class GraphGates(nn.Module):
         """Gate ``value`` at the site of this name, in this module's mode."""
         gate: SiteGate = self.__dict__[SITES_ATTRIBUTE][site]
         return gate(value, self.training)
+
+    def extra_repr(self) -> str:
+        """Say what it gates."""
+        return shown.calls(self.__dict__[SITES_ATTRIBUTE].values())
