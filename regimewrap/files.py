@@ -12,11 +12,14 @@ import reprlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
-from regimewrap.errors import DataError
+from regimewrap.errors import DataError, MissingExtraError
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], object]) -> None:
@@ -74,32 +77,96 @@ def claimed_folder(folder: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
-def text_table(rows: Sequence[Sequence[object]], width: int | None = None) -> str:
-    """Return rows as aligned columns; the first row names the columns, the first column is set to the left.
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells below some words: text in a terminal, HTML in a notebook.
 
-    Args:
-        rows: of cells, all of one length.
-        width: columns of the terminal. A table that is wider becomes a block of lines for each row, so that no figure
-            is cut.
+    Attributes:
+        rows: of cells; the first names the columns, further ones may be shorter.
+        head: the words, on one line or several.
+        left: which columns are set to the left; the others are figures.
 
-    >>> print(text_table([("budget", "accuracy"), ("full", 0.93), (0.1, 0.9)]))
+    >>> print(Table([("budget", "accuracy"), ("full", 0.93), (0.1, 0.9)]))
     budget  accuracy
     full        0.93
     0.1          0.9
     """
-    table = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
-        (_, *names), *body = table
-        pad = max(map(len, names))
-        return "\n".join(
-            "\n".join([first, *(f"  {name:<{pad}}  {cell}" for name, cell in zip(names, cells, strict=True))])
-            for first, *cells in body
-        )
-    return "\n".join(
-        "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{size}}" for cell, size in zip(rest, widths[1:], strict=True))])
-        for first, *rest in table
-    )
+
+    rows: Sequence[Sequence[object]]
+    head: str = ""
+    left: Collection[int] = (0,)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """Return aligned columns.
+
+        Args:
+            width: columns of the terminal. A table that is wider becomes a block of lines for each row, so that no
+                figure is cut.
+        """
+        table = [[str(cell) for cell in row] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip_longest(*table, fillvalue="")]
+        if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+            (_, *names), *body = table
+            pad = max(map(len, names))
+            lines = [
+                "\n".join([first, *(f"  {name:<{pad}}  {cell}" for name, cell in zip(names, cells, strict=False))])
+                for first, *cells in body
+            ]
+        else:
+            sides = ["<" if column in self.left else ">" for column in range(len(widths))]
+            lines = [
+                "  ".join(f"{cell:{side}{size}}" for cell, side, size in zip(row, sides, widths, strict=False)).rstrip()
+                for row in table
+            ]
+        return "\n".join([self.head, *lines] if self.head else lines)
+
+    def html(self) -> str:
+        """Return the same as HTML, every cell escaped.
+
+        >>> Table([("<b>",)], "one row").html()
+        '<p>one row</p><table><tr><th style="text-align: left">&lt;b&gt;</th></tr></table>'
+        """
+        sides = ["left" if column in self.left else "right" for column in range(max(map(len, self.rows), default=0))]
+        lines = [
+            "".join(
+                f'<{tag} style="text-align: {side}">{escape(str(cell))}</{tag}>'
+                for cell, side in zip(row, sides, strict=False)
+            )
+            for tag, row in zip(chain(["th"], repeat("td")), self.rows, strict=False)
+        ]
+        head = f"<p>{escape(self.head)}</p>".replace("\n", "<br>") if self.head else ""
+        return f"{head}<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if lines else head
+
+
+class Tabled:
+    """What prints as a table, and is shown as one in a notebook."""
+
+    def _table(self) -> Table:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+
+def axes_for(ax: Any) -> Any:
+    """Return matplotlib axes to draw on: those given, or new ones.
+
+    Raises:
+        MissingExtraError: there are none, and matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise MissingExtraError("matplotlib", "cli") from None
+    return pyplot.subplots()[1]
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
@@ -137,15 +204,6 @@ def differences(saved: Any, here: Any, path: str = "") -> Iterator[str]:
             yield from differences(saved.get(name), here.get(name), f"{path}.{name}".lstrip("."))
     elif saved != here:
         yield f"{path} is {shown(saved)} in the state and {shown(here)} here"
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as lines with their cells below each other: the first column to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return "\n".join(
-        "  ".join(f"{cell:<{widths[0]}}" if i == 0 else f"{cell:>{widths[i]}}" for i, cell in enumerate(row)).rstrip()
-        for row in rows
-    )
 
 
 def terminal_width() -> int | None:

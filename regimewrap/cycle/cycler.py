@@ -21,6 +21,7 @@ from regimewrap.cycle.alarms import Alarms, other_driver, still_driven
 from regimewrap.cycle.decide import RefusedError, decided, ratio_after
 from regimewrap.cycle.state import Decision, Histogram, Regime, Saved, Share, State, plain, restored
 from regimewrap.cycle.threshold import end_step
+from regimewrap.cycle.view import View
 from regimewrap.errors import PolicyError, StateError
 from regimewrap.gate.gate import TopKGate, gate_of
 from regimewrap.gate.network import NetworkThreshold
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("regimewrap")
 
 
-class RegimeCycler:
+class RegimeCycler(View):
     """Drives the keep ratio of a wrapped model: call ``step`` once per optimizer update, after it.
 
     Between two decisions a step only stores its value: no device is waited for and no rank is asked. At a decision
@@ -90,43 +91,6 @@ class RegimeCycler:
         self._history: deque[Decision] = deque(maxlen=HISTORY)
         self._take(State.at_start(self.policy), updates=0, pending=[])
         gate.driver = weakref.ref(self)
-
-    @property
-    def keep_ratio(self) -> float:
-        """The keep ratio for the next forward pass, in (0, 1]."""
-        return self._between.keep_ratio
-
-    @property
-    def regime(self) -> Regime:
-        """What is in force for the next forward pass; its ``event`` is ``None``."""
-        return self._between
-
-    @property
-    def history(self) -> list[Decision]:
-        """The last 256 decisions, oldest first, in a new list; a strategy that moves at each update makes none."""
-        return list(self._history)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates so far."""
-        return self._updates
-
-    @property
-    def skipped(self) -> int:
-        """Values of this rank left out because they were not finite (or beyond ±1e300), as of the last decision."""
-        return self._state.skipped
-
-    def __repr__(self) -> str:
-        state, name = self._between, self.policy.strategy.kind
-        if self.policy.strategy.each_update:
-            ahead = "moves at each update"
-        else:
-            ahead = f"next decision at update {self._updates + self.policy.every - self._updates % self.policy.every}"
-        of = "" if self.total_steps is None else f" of {self.total_steps}"
-        return (
-            f"RegimeCycler({name!r}, keep_ratio={state.keep_ratio:.4g}, cycle={state.cycle}, phase={state.phase!r}, "
-            f"updates={self._updates}{of}, {ahead})"
-        )
 
     def bind(self, model: nn.Module | TopKGate) -> None:
         """Drive one more wrapped model, such as an averaged copy, from now on; ``NotWrappedError`` if it is bare."""

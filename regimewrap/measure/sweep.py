@@ -21,8 +21,8 @@ from typing import Any, SupportsFloat, final
 import torch
 from torch import Tensor, nn
 
-from regimewrap.errors import DataError, MissingExtraError, PolicyError, WrapError
-from regimewrap.files import write_whole
+from regimewrap.errors import DataError, PolicyError, WrapError
+from regimewrap.files import Table, Tabled, axes_for, write_whole
 from regimewrap.gate.gate import at_keep_ratio, gate_of
 from regimewrap.measure.batchnorm import layers_with_statistics, of_another_budget, remember
 from regimewrap.policy.policy import require_ratio
@@ -30,8 +30,8 @@ from regimewrap.torch_private import BatchNorm
 
 
 @final
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Tabled):
     """A metric at each of several budgets. Prints as a table.
 
     Attributes:
@@ -48,10 +48,12 @@ class Sweep:
     def __reduce__(self) -> tuple[Any, ...]:
         return _swept, (dict(self.values),)  # a read-only view can be neither copied nor pickled
 
-    def __str__(self) -> str:
-        rows = [("keep ratio", "value"), *((f"{ratio:g}", f"{value:.4f}") for ratio, value in self.values.items())]
-        width = max(len(value) for _, value in rows)
-        return "\n".join(f"{ratio:>10}  {value:>{width}}" for ratio, value in rows)
+    def __repr__(self) -> str:
+        return f"Sweep({dict(self.values)})"
+
+    def _table(self) -> Table:
+        values = [(f"{ratio:g}", f"{value:.4f}") for ratio, value in self.values.items()]
+        return Table([("keep ratio", "value"), *values], left=())
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the metric over the keep ratio, on a logarithmic axis.
@@ -65,12 +67,7 @@ class Sweep:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError:
-            raise MissingExtraError("matplotlib", "cli") from None
-        if ax is None:
-            _, ax = pyplot.subplots()
+        ax = axes_for(ax)
         ratios = sorted(self.values)
         ax.plot(ratios, [self.values[ratio] for ratio in ratios], marker="o")
         ax.set_xscale("log")

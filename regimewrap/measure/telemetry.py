@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regimewrap import torch_private
+from regimewrap.files import Table, Tabled
 from regimewrap.gate.gate import Site, gate_of
 
 
@@ -33,8 +34,8 @@ class SiteRecord:
     bound: float
 
 
-class Watch:
-    """Counts of the watched forward passes; they stay on their device until they are read."""
+class Watch(Tabled):
+    """Counts of the watched forward passes; they stay on their device until they are read. Prints as a table."""
 
     def __init__(self) -> None:
         self._counts: dict[str, list[Tensor]] = defaultdict(list)
@@ -77,6 +78,17 @@ class Watch:
         """Share of the sites that ran at which the gate zeroed at least one non-zero unit; 0.0 if nothing ran."""
         records = self.by_site.values()
         return sum(each.bound > 0 for each in records) / max(len(records), 1)
+
+    def __repr__(self) -> str:
+        return f"Watch(sites={len(self._counts)}, density={self.density:.3g}, bound={self.bound:.3g})"
+
+    def _table(self) -> Table:
+        rows = [
+            (name, each.calls, f"{each.density_before:.3f}", f"{each.density:.3f}", f"{each.bound:.2f}")
+            for name, each in self.by_site.items()
+        ]
+        head = f"density {self.density:.3g} over {len(rows)} sites"
+        return Table([("site", "calls", "density before", "density after", "bound"), *rows], head)
 
 
 @contextmanager

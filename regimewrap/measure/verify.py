@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regimewrap.files import Table, Tabled
 from regimewrap.gate.gate import GATE_ATTRIBUTE, Site, TopKGate, gate_of, whole_of
 from regimewrap.policy.policy import SitePolicy
 from regimewrap.sites.census import Census
@@ -22,8 +23,8 @@ from regimewrap.sites.read.memory import remembering
 from regimewrap.sites.survey import Verdict
 
 
-@dataclass(frozen=True)
-class Coverage:
+@dataclass(frozen=True, repr=False)
+class Coverage(Tabled):
     """What one forward pass showed.
 
     Attributes:
@@ -38,14 +39,15 @@ class Coverage:
     idle: tuple[str, ...]
     reasons: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def __str__(self) -> str:
-        lines = [f"{len(self.gated)} sites gated, {len(self.escaped)} escaped, {len(self.idle)} did not run"]
-        lines += [
-            f"  escaped: {name}: {self.reasons[name]}, or exclude it in sites.exclude if it is meant"
-            for name in self.escaped
-        ]
-        lines += [f"  did not run: {name}: {self.reasons[name]}" for name in self.idle if name not in self.escaped]
-        return "\n".join(lines)
+    def __repr__(self) -> str:
+        return f"Coverage(gated={len(self.gated)}, escaped={len(self.escaped)}, idle={len(self.idle)})"
+
+    def _table(self) -> Table:
+        head = f"{len(self.gated)} sites gated, {len(self.escaped)} escaped, {len(self.idle)} did not run"
+        unless = "or exclude it in sites.exclude if it is meant"
+        rows = [(name, "escaped", f"{self.reasons[name]}, {unless}") for name in self.escaped]
+        rows += [(name, "did not run", self.reasons[name]) for name in self.idle if name not in self.escaped]
+        return Table([("activation", "state", "why"), *rows] if rows else [], head, left=range(3))
 
 
 def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:

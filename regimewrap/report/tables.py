@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regimewrap.files import text_table
+from regimewrap.files import Table
 from regimewrap.report.summary import accuracy, bound_share, budget, keep_ratios, percent, percent_spread, seed_count
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def console_table(experiment: Experiment, width: int | None = None) -> str:
         figures = [percent_spread(accuracy(experiment, arm.name, ratio)) for ratio in ratios]
         bound = percent(bound_share(experiment, arm.name).mean)
         rows.append([arm.name, *figures, bound, cycles(experiment, arm.name)])
-    return f"{accuracy_caption(experiment)}\n{text_table(rows, width)}"
+    return Table(rows, accuracy_caption(experiment)).text(width)
 
 
 def accuracy_caption(experiment: Experiment) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regimewrap.errors import RegimewrapError, ServeError
-from regimewrap.files import columns
+from regimewrap.files import Table, Tabled
 from regimewrap.serve.serving import serve
 from regimewrap.sites.probe import as_call, untouched
 from regimewrap.torch_private import tree_leaves
@@ -47,7 +47,7 @@ class Rival:
 
 @final
 @dataclass(frozen=True)
-class Bench:
+class Bench(Tabled):
     """Rivals at one batch size, timed in turn, round by round. Prints as a table, with a verdict."""
 
     batch: int
@@ -82,17 +82,14 @@ class Bench:
             f"batch {self.batch}: served at keep ratio {self.keep_ratio:g} is {ratio:.2f} times as fast as {best.name}."
         )
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         best = self.best_dense.ms
         rows: list[tuple[str, ...]] = [(f"batch {self.batch}", "median ms", "spread ms", "to best dense")]
-        notes = [""]
         for each in self.rivals:
             ran = each.ms == each.ms
             figures = (f"{each.ms:.2f}", f"{each.spread_ms:.2f}", f"{best / each.ms:.2f}") if ran else ("-", "-", "-")
-            rows.append((each.name, *figures))
-            notes.append(each.note)
-        lines = columns(rows).splitlines()
-        return "\n".join([*(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True)), self.verdict])
+            rows.append((each.name, *figures, each.note))
+        return Table(rows, self.verdict, left=(0, 4))
 
 
 def bench(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from regimewrap.errors import DataError, PolicyError, StateError
-from regimewrap.files import columns, write_whole
+from regimewrap.files import Table, Tabled, write_whole
 from regimewrap.gate.gate import Site, TopKGate, at_keep_ratio, gate_of
 from regimewrap.measure.sweep import metric, modes_restored, run_batch
 from regimewrap.measure.telemetry import watch
@@ -47,7 +47,7 @@ class SiteCurve(_Record):
 
 
 @final
-class Calibration(_Record):
+class Calibration(Tabled, _Record):
     """Each site's curve of thresholds over the keep ratio. Prints as a table; ``calibrate`` makes it.
 
     Attributes:
@@ -187,14 +187,18 @@ class Calibration(_Record):
             where = ".".join(map(str, first["loc"]))
             raise StateError(f"{path} is not a calibration: {where + ': ' if where else ''}{first['msg']}.") from None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        low, high = self.keep_ratios[0], self.keep_ratios[-1]
+        return f"Calibration({self.model!r}, keep ratios {low:g} to {high:g}, sites={len(self.sites)})"
+
+    def _table(self) -> Table:
         low, high = self.keep_ratios[0], self.keep_ratios[-1]
         shown = [ratio for ratio in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01) if low <= ratio <= high] or [low]
         rows = [("site", *(f"{ratio:g}" for ratio in shown))]
         for site in self.sites:
             values = [f"{_between(self.keep_ratios, site.thresholds, ratio):.4g}" for ratio in shown if site.thresholds]
             rows.append((site.name, *(values or ["never ran"])))
-        return f"{self.model}: thresholds by keep ratio\n{columns(rows)}"
+        return Table(rows, f"{self.model}: thresholds by keep ratio")
 
     def _check(self, gate: TopKGate, name: str) -> None:
         """Refuse a model whose gate this calibration does not describe."""

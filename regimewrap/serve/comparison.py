@@ -7,7 +7,7 @@ import os
 from dataclasses import astuple, dataclass, fields
 from typing import final
 
-from regimewrap.files import columns
+from regimewrap.files import Table, Tabled
 from regimewrap.measure.sweep import save_figures
 
 
@@ -30,22 +30,18 @@ class Comparison:
 
 @final
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(Tabled):
     """Thresholds compared with selection, a row for each budget. Prints as a table."""
 
     rows: tuple[Comparison, ...]
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         head = ("keep ratio", "density selected", "density fixed", "value selected", "value fixed", "difference")
-        return columns(
-            [
-                head,
-                *(
-                    (f"{row.keep_ratio:g}", *(f"{value:.4f}" for value in astuple(row)[1:]), f"{row.difference:+.4f}")
-                    for row in self.rows
-                ),
-            ]
-        )
+        rows = [
+            (f"{row.keep_ratio:g}", *(f"{value:.4f}" for value in astuple(row)[1:]), f"{row.difference:+.4f}")
+            for row in self.rows
+        ]
+        return Table([head, *rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``.json`` (a list of rows) or ``.csv``, whole or not at all.

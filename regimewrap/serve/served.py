@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regimewrap import torch_private
 from regimewrap.errors import ServeError
+from regimewrap.files import Table, Tabled
 from regimewrap.gate.gate import TopKGate, at_keep_ratio
 from regimewrap.policy.policy import require_ratio
 from regimewrap.serve.calibration import Calibration
@@ -89,7 +90,7 @@ _NOT_NOW = (
 
 
 @final
-class Served:
+class Served(Tabled):
     """A model that skips zeros, until ``close`` or the end of a ``with`` block. Prints as a table, a row a layer.
 
     Attributes:
@@ -172,7 +173,11 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self._forwards)} of {len(self._found)} layers may skip zeros"
+        return f"Served({type(self._model).__name__}, keep_ratio={self.keep_ratio:g}, {state})"
+
+    def _table(self) -> Table:
         return served_table(self, type(self._model).__name__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

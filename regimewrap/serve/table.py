@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from regimewrap.files import columns
+from regimewrap.files import Table
 
 if TYPE_CHECKING:
     from regimewrap.serve.served import Served
@@ -54,7 +54,7 @@ class ServedLayer:
         return f"faster below a density of {self.most_density:.2g}"
 
 
-def served_table(served: Served, model: str) -> str:
+def served_table(served: Served, model: str) -> Table:
     """Return a row a layer, below the figures of the whole model."""
     layers = served.layers
     skipping = sum(layer.sparse for layer in layers)
@@ -68,12 +68,9 @@ def served_table(served: Served, model: str) -> str:
         f"whole model: {served.dense_ms:.2f} ms dense at the full budget, {served.served_ms:.2f} ms served at "
         f"{served.measured_ratio:g}: {compared}"
     )
-    rows: list[tuple[str, ...]] = [("layer", "density", "ms dense", "ms sparse", "ms select", "runs  ")]
+    rows: list[tuple[str, ...]] = [("layer", "density", "ms dense", "ms sparse", "ms select", "runs", "why")]
     for layer in layers:
         figures = (layer.density, layer.dense_ms, layer.sparse_ms, layer.select_ms)
         shown = [f"{value:.3f}" if math.isfinite(value) else "-" for value in figures]
-        rows.append((layer.name, *shown, "sparse" if layer.sparse else "dense "))
-    lines = columns(rows).splitlines()
-    reasons = ["why", *(layer.reason for layer in layers)]
-    width = max(map(len, lines))
-    return "\n".join([head, *(f"{line:<{width}}  {why}" for line, why in zip(lines, reasons, strict=True))])
+        rows.append((layer.name, *shown, "sparse" if layer.sparse else "dense", layer.reason))
+    return Table(rows, head, left=(0, 5, 6))

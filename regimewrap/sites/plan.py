@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from regimewrap.files import Table, Tabled
 from regimewrap.gate.gate import Site
 from regimewrap.sites.finder import Activation
 
@@ -42,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Tabled):
     """Every activation of a model, a row each; iterable, printable, and without effect.
 
     Attributes:
@@ -74,16 +75,11 @@ class Plan:
     def __repr__(self) -> str:
         return str(self)
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         head = f"{self.model}: {len(self.gated)} of {len(self.rows)} activations gated"
         table = [("site", "activation", "mechanism", "gated", "why")]
         table += [
             (row.name, row.activation.label, row.mechanism or "-", "yes" if row.gated else "no", row.why)
             for row in self.rows
         ]
-        widths = [max(len(line[column]) for line in table) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]])
-            for line in table
-        ]
-        return "\n".join([head, *(line.rstrip() for line in lines)])
+        return Table(table, head, left=range(5))

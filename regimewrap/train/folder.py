@@ -22,7 +22,7 @@ import torch
 
 from regimewrap import RegimePolicy, __version__, gate_of
 from regimewrap.errors import DataError, PolicyError, StateError
-from regimewrap.files import claimed_folder, differences, text_table, write_whole
+from regimewrap.files import Table, claimed_folder, differences, write_whole
 from regimewrap.report.summary import budget, percent, percent_spread, spread
 from regimewrap.train import saved
 from regimewrap.train.pictures import find_pictures
@@ -149,7 +149,7 @@ class Folder:
             )
         seeds = len({job.seed for job in self.jobs})
         over = "one seed, which shows little" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
-        return f"Accuracy on the validation pictures, in %, last epoch, {over}:\n{text_table(rows, width)}"
+        return Table(rows, f"Accuracy on the validation pictures, in %, last epoch, {over}:").text(width)
 
     def _left(self) -> list[Path]:
         """Return what an earlier run left."""
