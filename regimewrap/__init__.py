@@ -5,7 +5,6 @@ the training loop, ``sweep`` shows what the network can do at each budget, and `
 """
 
 import regimewrap._command  # noqa: F401 - before torch, whose import takes seconds
-from regimewrap._version import __version__
 from regimewrap.cycle.cycler import RegimeCycler
 from regimewrap.cycle.state import Regime
 from regimewrap.errors import RegimewrapError
@@ -20,6 +19,9 @@ from regimewrap.serve.calibration import Calibration, calibrate
 from regimewrap.serve.served import Served
 from regimewrap.serve.serving import serve
 from regimewrap.wrap import plan, unwrap, wrap
+
+#: The version, in one place; pyproject.toml reads it from here.
+__version__ = "0.1.0"
 
 __all__ = [
     "Calibration",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from regimewrap._version import __version__
+from regimewrap import __version__
 from regimewrap.errors import MissingExtraError, NoSitesError, RegimewrapError
 from regimewrap.files import claimed_folder, terminal_width
 from regimewrap.policy.policy import RegimePolicy, require_ratio

@@ -17,7 +17,7 @@ ADAPTERS = Path(__file__).parents[1] / "integrations"  # regimewrap.integrations
 
 # A room imports from rows above its own, and from itself. "regimewrap" is the front door, __init__.py.
 ORDER = [
-    {"_command", "_version", "errors", "torch_private"},
+    {"_command", "errors", "torch_private"},
     {"files"},
     {"policy", "topk"},
     {"gate"},

@@ -35,7 +35,7 @@ def test_the_version_is_written_in_one_place():
     assert importlib.metadata.version("regimewrap") == regimewrap.__version__
     version = re.escape(regimewrap.__version__)
     sources = [*(ROOT / "regimewrap").rglob("*.py"), *(ROOT / "integrations").rglob("*.py"), ROOT / "pyproject.toml"]
-    assert [path.name for path in sources if re.search(rf"[\"']{version}[\"']", path.read_text())] == ["_version.py"]
+    assert [path.name for path in sources if re.search(rf"[\"']{version}[\"']", path.read_text())] == ["__init__.py"]
 
 
 def test_types_ship_with_the_package():

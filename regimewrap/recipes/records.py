@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from regimewrap._version import __version__
+from regimewrap import __version__
 
 
 def versions() -> dict[str, str]:
