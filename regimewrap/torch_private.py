@@ -15,6 +15,10 @@ from torch.utils import _pytree
 #: What every BatchNorm layer is, in any number of dimensions.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
+#: What every BatchNorm and InstanceNorm layer is, and what every convolution is, in any number of dimensions.
+BatchOrInstanceNorm = nn.modules.batchnorm._NormBase
+Convolution = nn.modules.conv._ConvNd
+
 #: Operators of torch's, with one signature and with all.
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 

@@ -18,7 +18,8 @@ from regimewrap import torch_private
 PACKAGE = Path(regimewrap.__file__).parent
 #: Attributes of modules and of autograd that torch documents by name although they begin with an underscore.
 PRIVATE = re.compile(
-    r"\btorch\._[a-zA-Z]|\btorch\.[a-z_.]+\._[a-zA-Z]|from torch[a-z_.]*\._|from torch\.utils import _"
+    r"\b(torch|nn|fx|F)\.([a-z_.]+\.)?_[a-zA-Z]|from torch[a-z_.]*\._|from torch\.utils import _"
+    r"|\._(version|orig_mod|compiled_call_impl)\b"
 )
 
 
@@ -87,6 +88,11 @@ def test_saved_tensor_hooks_are_noticed():
         assert torch_private.has_saved_tensor_hooks()
 
 
+def test_operators_are_known_with_one_signature_and_with_all():
+    assert isinstance(torch.ops.aten.relu, torch_private.OPERATORS)
+    assert isinstance(torch.ops.aten.relu.default, torch_private.OPERATORS)
+
+
 def test_what_vmap_maps_over_is_noticed():
     seen = []
 
@@ -133,6 +139,13 @@ def test_batch_normalisation_is_known_in_any_number_of_dimensions():
     assert all(
         isinstance(layer(3), torch_private.BatchNorm) for layer in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     )
+
+
+def test_layers_whose_channels_come_second_are_known_in_any_number_of_dimensions():
+    layers = (nn.BatchNorm1d(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3))
+    assert all(isinstance(each, torch_private.BatchOrInstanceNorm) for each in layers)
+    convolutions = (nn.Conv1d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1))
+    assert all(isinstance(each, torch_private.Convolution) for each in convolutions)
 
 
 def test_a_change_in_place_is_counted():

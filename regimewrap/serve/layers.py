@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from regimewrap import torch_private
 from regimewrap.errors import to_install
 from regimewrap.serve import stock
 from regimewrap.serve.choice import Found
@@ -42,7 +43,7 @@ class Laid:
         weight = self._module._parameters["weight"]
         if weight is None or weight.is_inference():
             return None
-        stamp = weight.data_ptr(), weight._version, weight.dtype, weight.shape
+        stamp = weight.data_ptr(), torch_private.version_of(weight), weight.dtype, weight.shape
         state = self._state
         if state is None or state[0] != stamp or state[1][state[2]].tobytes() != state[3]:
             with self._lock:
@@ -218,7 +219,7 @@ def product_of(module: nn.Module) -> Product | None:
     conv = forward in _CONVOLUTIONS
     transposed = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
     if not (linear or conv or transposed):
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        if isinstance(module, nn.Linear | torch_private.Convolution):
             raise CannotSkip(f"{type(module).__name__} computes its output in its own way")
         return None
     weight = module._parameters.get("weight")

@@ -9,17 +9,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from regimewrap import torch_private
 from regimewrap.sites import catalog
 from regimewrap.sites.finder import Activation
 from regimewrap.sites.flow.dataflow import Dataflow, is_layer
 from regimewrap.sites.flow.operators import KEEPS, name_of
 
-_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-)
+_FIRST = (torch_private.Convolution, torch_private.BatchOrInstanceNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _FIRST_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.instance_norm, F.group_norm)
 _LAST_FUNCTIONS = (F.linear, F.bilinear, F.embedding, F.layer_norm, F.rms_norm)
 _LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
