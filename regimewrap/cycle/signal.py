@@ -49,7 +49,9 @@ def checked(name: str, loss: object, metrics: dict[str, Any]) -> Tensor | float:
             return math.inf
     if value is None:
         call = "step(loss)" if name == "loss" else f"step(loss, {name}=...)"
-        raise SignalError(f"the policy monitors {name!r}, which is missing: call {call}.")
+        came = [each for each, given in {"loss": loss, **metrics}.items() if given is not None]
+        got = f"; got {' and '.join(came)}" if came else ""
+        raise SignalError(f"the policy monitors {name!r}, which is missing{got}: call {call}.")
     raise SignalError(f"{name} must be a number or a tensor of one element; got {shown(value)}.")
 
 

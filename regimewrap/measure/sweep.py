@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, SupportsFloat, final
+from typing import Any, SupportsFloat, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from regimewrap.gate.gate import at_keep_ratio, gate_of
 from regimewrap.measure.batchnorm import layers_with_statistics, of_another_budget, remember
 from regimewrap.policy.policy import require_ratio
 from regimewrap.torch_private import BatchNorm
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @final
@@ -92,8 +94,8 @@ def _swept(values: dict[float, float]) -> Sweep:
 
 
 def sweep(
-    model: nn.Module,
-    evaluate: Callable[[nn.Module], SupportsFloat],
+    model: M,
+    evaluate: Callable[[M], SupportsFloat],
     keep_ratios: Iterable[float] = (1.0, 0.5, 0.2, 0.1),
 ) -> Sweep:
     """Evaluate a wrapped model at several budgets.

@@ -211,7 +211,8 @@ def test_tensors_are_only_read_when_a_decision_is_due(monkeypatch: pytest.Monkey
     ("monitor", "call", "message"),
     [
         ("loss", {}, r"monitors 'loss', which is missing: call step\(loss\)"),
-        ("loss", {"accuracy": 1.0}, r"call step\(loss\)"),
+        ("loss", {"accuracy": 1.0}, r"missing; got accuracy: call step\(loss\)"),
+        ("accuracy", {"loss": 1.0, "acc": 0.5}, r"missing; got loss and acc: call step\(loss, accuracy=...\)"),
         ("accuracy", {"loss": 1.0}, r"call step\(loss, accuracy=...\)"),
         ("loss", {"loss": torch.ones(2)}, r"tensor of shape \(2,\): call .mean\(\) on it"),
         ("loss", {"loss": torch.ones(0)}, r"tensor of shape \(0,\)"),
