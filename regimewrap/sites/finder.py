@@ -181,7 +181,7 @@ def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple
 
 def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Dataflow) -> Iterator[Activation]:
     methods = own_methods(module)
-    if not methods and _is_torch_layer(module):
+    if not methods and _is_torchs(module):
         return
     prefix = f"{path}." if path else ""
     trace = flow.trace(path)
@@ -211,11 +211,10 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
     yield from _elsewhere(path, prefix, seen, listed, registered)
 
 
-def _is_torch_layer(module: nn.Module) -> bool:
-    """Say whether a module without children runs a forward of torch's, which calls no activation but a fused one."""
+def _is_torchs(module: nn.Module) -> bool:
+    """Say whether a module runs a forward of torch's own layers, in which no activation is called that is no module."""
     forward = module.__dict__.get("forward", getattr(type(module), "forward", None))
-    torchs = (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules.")
-    return torchs and next(module.children(), None) is None
+    return (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules.")
 
 
 def _named(
