@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from regimewrap import GatePolicy, RegimePolicy, TopKGate, at_keep_ratio, gate_of, is_wrapped, unwrap, wrap
+from regimewrap import (
+    GatePolicy,
+    RegimeCycler,
+    RegimePolicy,
+    TopKGate,
+    at_keep_ratio,
+    gate_of,
+    is_wrapped,
+    unwrap,
+    wrap,
+)
 from regimewrap.errors import PolicyError
 from regimewrap.gate.gate import GateSample, Site
 from regimewrap.topk import sampling
@@ -107,6 +117,15 @@ def test_what_is_set_inside_a_block_holds_from_its_end_on():
             assert gate.keep_ratio == 0.25
         assert gate.keep_ratio == 0.5
     assert budget(gate) == (0.2, 0.5, 4)
+
+
+def test_a_step_of_the_cycler_inside_a_block_holds_from_its_end_on():
+    model = network()
+    cycler = RegimeCycler(model, RegimePolicy.preset("sawtooth"), total_steps=100)
+    with at_keep_ratio(model, 0.25):
+        steps = [cycler.step().keep_ratio for _ in range(10)]
+        assert gate_of(model).keep_ratio == 0.25
+    assert gate_of(model).keep_ratio == steps[-1] < 1
 
 
 @pytest.mark.parametrize("scope", ["sample", "network"])

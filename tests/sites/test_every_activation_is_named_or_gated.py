@@ -423,6 +423,22 @@ def test_modules_with_and_without_an_optional_child_are_read_apart():
     assert all(row.selected for row in plan(nn.Sequential(Optional(None))) if row.activation.kind == "relu")
 
 
+def test_modules_that_hold_an_activation_of_their_own_or_of_another_module_are_read_apart():
+    class Weighs(Base):
+        def __init__(self, act=None):
+            super().__init__()
+            self.own = nn.ReLU()
+            self.held = [self.own if act is None else act]
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.b(self.held[0](self.a(x))))
+
+    act = nn.ReLU()
+    rows = {row.name: row.selected for row in plan(nn.Sequential(Weighs(), Weighs(act), act))}
+    assert not rows["0.own"]
+    assert rows["1.own"], "it is never called, so nothing says that it is a gate's"
+
+
 def test_planning_makes_no_lazy_layer():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
     plan(model, example_inputs=torch.randn(2, 3, 6, 6))
