@@ -142,7 +142,7 @@ class RegimeCallback(Callback):
         self._cycler = cycler
 
     def _length_for(self, module: LightningModule, state: dict[str, Any]) -> int | None:
-        """Return the length of the run that goes on; where nothing goes on, as in ``validate``, the saved one's."""
+        """Return the length of the run; outside of ``fit``, as in ``validate``, that of the saved run."""
         if self._trainer is not None and self._trainer.state.fn == "fit":
             return run_length(module, self._trainer.estimated_stepping_batches)
         policy = state.get("policy")

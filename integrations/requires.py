@@ -1,4 +1,4 @@
-"""What adapters ask before they begin: is their framework there and new enough, and how long is the run?"""
+"""Checks that an adapter's framework is installed and new enough, and finds the length of its run."""
 
 from __future__ import annotations
 

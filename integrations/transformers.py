@@ -176,7 +176,7 @@ class RegimeCallback(TrainerCallback, ExportableState):
         try:
             kept = _state_file(state.best_model_checkpoint)["stateful_callbacks"][name]
             gate_of(kwargs["model"]).set_keep_ratio(_ratio(_regime(kept, name)))
-        except (OSError, KeyError, StateError) as error:  # the training is done; this is no reason to lose it
+        except (OSError, KeyError, StateError) as error:  # the training is done and must not be lost
             _log.warning("The keep ratio is not that of %s: %s", state.best_model_checkpoint, error)
 
     def add_loss(self, loss: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Keep ratios that follow from the number of updates alone, for loops that hand over a count, or nothing at all.
+"""Keep ratios that follow from the number of updates alone, for loops that pass a count or nothing.
 
 ``RegimeScheduler`` has the shape of timm's schedulers. ``drive_from_optimizer`` is for a loop that cannot be changed:
 it counts the steps of the optimizer over the model's parameters. Policies that watch a signal are refused.
@@ -124,7 +124,7 @@ def drive_from_optimizer(model: nn.Module, total_steps: int | None = None) -> No
 
 
 def release(model: nn.Module) -> None:
-    """Undo ``drive_from_optimizer``, because something else drives from now on; without it, do nothing."""
+    """Undo ``drive_from_optimizer``, if it was called: something else drives from now on."""
     _DRIVERS.pop(model, None)
 
 

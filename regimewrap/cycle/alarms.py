@@ -1,6 +1,6 @@
-"""What must not happen in silence: a gate that never cuts, a floor that is never left, a cycler that drives nothing.
+"""Warns of a gate that never cuts, of a floor that is never left, and of a cycler that drives nothing.
 
-The gate counts its own calls when asked to; here it is decided when to ask. No rule and no signal is known here.
+The gate counts its own calls when asked to; this file decides when to ask. It knows no rule and no signal.
 """
 
 from __future__ import annotations

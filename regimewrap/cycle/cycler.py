@@ -151,7 +151,7 @@ class RegimeCycler(View):
         return regime
 
     def fast_forward(self, updates: int) -> Regime:
-        """Count the updates up to a number at once, without forward passes: for a run that goes on by its count alone.
+        """Count all updates up to a number at once, without forward passes, for a run that resumes by its count alone.
 
         Args:
             updates: optimizer updates made so far in all.
@@ -274,7 +274,7 @@ class RegimeCycler(View):
         try:
             state, record = decided(self.policy, before, values, self._updates, self._place(), self.check_sync)
         except RefusedError as error:
-            # Else they would be refused again at each further step.
+            # Kept, they would be refused again at every further step.
             self._pending = [each for place, each in enumerate(self._pending) if place not in error.places]
             raise
         self._history.append(record)
@@ -297,7 +297,7 @@ class RegimeCycler(View):
         return self._between._replace(event=record.event)
 
     def _place(self) -> dict[str, object]:
-        """Return where in the cycle we are, as far as it must be the same on all ranks."""
+        """Return the place in the cycle, which must be the same on all ranks."""
         state = self._state
         return {
             "update": self._updates,

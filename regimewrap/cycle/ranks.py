@@ -1,4 +1,4 @@
-"""What the ranks of one run tell each other, and which of them is missing when that fails.
+"""What the ranks of one run exchange, and which of them is missing when that fails.
 
 A decision takes one reduction and one broadcast in the default process group, on any backend; nothing is exchanged in
 between, except in scope "network", which takes one reduction at the end of each step. Before a decision the ranks meet
@@ -173,7 +173,7 @@ def _meet(what: str, update: int) -> None:
         if behind < size - 1:
             store.wait([all_here], timeout * 0.9)
         else:
-            store.delete_key(f"regimewrap/{what}/{turn - 1}")  # everybody has left that one
+            store.delete_key(f"regimewrap/{what}/{turn - 1}")  # all ranks have left that one
             store.set(all_here, "")
     except RuntimeError as error:
         raise SyncError(f"{here} failed: {_absent(store, here, timeout)}") from error
@@ -200,7 +200,7 @@ def _exchange(what: str, exchange: Callable[[], object], *, met: bool = True) ->
     """Carry out a collective call, to which all ranks have come if they met."""
     try:
         exchange()
-    except RuntimeError as error:  # what torch.distributed raises, whatever happened
+    except RuntimeError as error:  # torch.distributed raises this for every failure
         reason = str(error).partition("\n")[0]
         happened = "all ranks came to it, and one has ended since" if met else "a rank did not come to it, or has ended"
         raise SyncError(f"{what} failed: {happened}: {reason}") from error

@@ -175,7 +175,7 @@ class Saved:
     network: Histogram | None = None
 
     def share(self, rank: int, ranks: int) -> Share:
-        """Return what a rank goes on with.
+        """Return the share with which a rank goes on.
 
         When as many ranks saved together, that is its own. When others did, it is the mean of what they had, so that
         the next signal is nearly what it would have been. When one saved alone, all go on with what that one had.

@@ -1,4 +1,4 @@
-"""The budget in force at a gate: what was set, and the blocks that force another ratio for as long as they last."""
+"""The budget in force at a gate: what was set, or the ratio that an open block of ``at_keep_ratio`` forces."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Budget:
             self._update.fill_(now.update)
 
     def look(self, x: Tensor) -> None:
-        """Take notice of what a compiler must not trace: backward passes that repeat a forward pass, and CUDA graphs.
+        """Notice, in eager mode, a backward pass that repeats a forward pass, and the recording of a CUDA graph.
 
         Raises:
             BudgetError: see ``check_recomputation``.
@@ -164,12 +164,12 @@ class Budget:
             self._recorded = True
 
     def note_caller(self) -> None:
-        """Take notice of the thread that calls the gate without gradients, as checkpoints do in their forward pass."""
+        """Notice the thread that calls the gate without gradients, as a checkpoint does in its forward pass."""
         if self._thread != threading.get_ident():
             self._thread = None
 
     def _remember(self) -> None:
-        """Note what was in force up to now; it is about to change."""
+        """Note what has been in force up to now, before it changes."""
         self.note_caller()
         number = torch_private.functions_so_far()
         if self._thread is not None and number > self._since:
@@ -210,7 +210,7 @@ class Budget:
 
 
 def _acts_as(setting: Setting) -> Setting:
-    """Drop what makes no difference."""
+    """Return a setting without the fields that make no difference."""
     if setting.keep_ratio >= 1.0:
         return Setting(1.0)
     return setting if setting.full_share else setting._replace(update=0)

@@ -1,8 +1,8 @@
-"""What ``torch.compile`` must be told so that compiled code never misses a gate; knows nothing of gates or models.
+"""Tells ``torch.compile`` of hooks and new code, so that compiled code misses no gate; knows no gate and no model.
 
-All models of a class share their compiled code. Unless told otherwise it is run without a look at hooks, so that a
-wrapped model would run the code of a bare one that was compiled first (pytorch #117758). Importing the compiler takes
-seconds, so where it is not loaded yet, it is told as soon as it is imported.
+All models of a class share their compiled code. By default that code does not look at hooks, so a wrapped
+model would run the code of a bare one that was compiled first (pytorch #117758). Importing the compiler takes seconds;
+where it is not loaded yet, its setting is changed once the user loads it.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def forget_hooks() -> None:
 
 
 def forget_compiled() -> None:
-    """Have everything compiled anew, if anything has been compiled: code that it was made from has changed."""
+    """Forget all compiled code, if there is any: the code that it was made from has changed."""
     if COMPILER_CONFIG in sys.modules and not torch.compiler.is_compiling() and has_compiled_code():
         torch.compiler.reset()
 
 
-#: Filled while a setting of the compiler is not what it was.
+#: Names of the compiler's settings that are changed now.
 _CHANGED: list[str] = []
 
 
 class _OnImport:
-    """Finds the compiler's settings like everybody, and changes one as soon as they are loaded."""
+    """Finds the compiler's settings as Python does, and changes one of them as soon as they are loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

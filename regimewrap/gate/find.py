@@ -1,4 +1,4 @@
-"""Which gate belongs to a model."""
+"""Finds the gate of a model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
 
 
 def whole_of(part: nn.Module, gate: TopKGate) -> nn.Module | None:
-    """Return the wrapped model that ``part`` is a part of; ``None`` if it is that model, a copy, or what is left."""
+    """Return the wrapped model that ``part`` is a part of; ``None`` if ``part`` is that model itself, or in none."""
     root = gate.root
     if root is None or root is part or not any(module is part for module in root.modules()):
         return None

@@ -102,7 +102,7 @@ class TopKGate:
             keep_ratio: the share of units kept at every site; a fraction in (0, 1].
             full_share: the share of rows (entries of a tensor's first dimension) that keep all their units in train
                 mode, the same rows at all sites; a fraction in [0, 1). In scopes "sample" and "position" the other
-                rows compete as ever; in scopes "batch" and "network" the dense ones take no part.
+                rows compete as they do without dense rows; in scopes "batch" and "network" the dense ones take no part.
             update: optimizer updates so far, which says which rows: of n rows
                 m = floor((update + 1) * n * full_share) - floor(update * n * full_share), the leading ones where
                 ``update`` is even, the trailing ones where it is odd. So an even batch at 0.5 has one half dense, and a
@@ -294,7 +294,7 @@ class TopKGate:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Let forward passes in train mode leave no trace in what network scope counts."""
+        """Keep the forward passes in the block out of what network scope counts."""
         before, self._counts = self._counts, False
         try:
             yield
@@ -302,12 +302,12 @@ class TopKGate:
             self._counts = before
 
     def anchor(self, root: nn.Module) -> None:
-        """Tell the gate which model it belongs to, so that copies of the whole model get a gate of their own."""
+        """Note the model that the gate belongs to, so that a copy of the whole model gets its own gate."""
         self._root = weakref.ref(root)
 
     @property
     def root(self) -> nn.Module | None:
-        """The model it belongs to; ``None`` if that is gone, or came out of a file and was not asked for yet."""
+        """The model it belongs to; ``None`` if that is gone, or was read from a file and not looked up yet."""
         return self._root() if self._root is not None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TopKGate:
@@ -322,7 +322,7 @@ class TopKGate:
         return twin
 
     def _twin(self, memo: dict[int, Any]) -> TopKGate:
-        """Return a copy without what belongs to this one alone: its model, who watches or drives it, open blocks."""
+        """Return a copy without the model, the observers, the driver and the open blocks of this one."""
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.budget = copy.deepcopy(self.budget, memo)

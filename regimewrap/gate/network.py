@@ -1,8 +1,8 @@
 """The threshold that all sites of a model share in scope "network", and the counts that it comes from.
 
-During a step every site adds a histogram of its scores; when the step ends, their sum is what the next step's
-threshold is the quantile of. It is filled in on the device; nothing waits for it. Which tensors pass by, and when a
-step ends, is decided by ``gate`` and ``cycler``; how scores are counted and cut, in ``topk``.
+During a step every site adds a histogram of its scores. When the step ends, the next step's threshold is the quantile
+of their sum. It is filled in on the device; nothing waits for it. ``gate`` decides which tensors pass by, ``cycler``
+when a step ends, and ``topk`` how scores are counted and cut.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class NetworkThreshold:
                     getattr(there, name).copy_(threshold, non_blocking=True)
 
     def take(self, histogram: Tensor | None) -> None:
-        """Aim by another histogram from now on; by none if ``None``."""
+        """Use another histogram from now on, or none."""
         self.histogram = histogram
         self.known.fill_(histogram is not None)
         self.aim()

@@ -1,4 +1,4 @@
-"""What a gate cannot rank, said once: a tuple, a sparse tensor, a sample without units."""
+"""Warns, once, of what a gate cannot rank: a tuple, a sparse tensor, samples of one unit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @final
 class Told:
-    """Looks at what comes to one gate, and remembers what it warned of."""
+    """Checks what comes to one gate, and remembers what it warned of."""
 
     def __init__(self) -> None:
         self._sites: set[str] = set()

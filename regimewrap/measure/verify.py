@@ -29,7 +29,7 @@ class Coverage(Tabled):
 
     Attributes:
         gated: names of the sites whose activation ran and was gated.
-        escaped: activations that the policy selects and that ran, as far as can be told, without a gate.
+        escaped: activations that the policy selects and that ran, as far as is known, without a gate.
         idle: sites of the plan that did not run in this pass.
         reasons: by the name of what escaped or did not run, what happened and what to do about it.
     """
@@ -94,7 +94,7 @@ def watched(
 
     def before_gate(module: nn.Module, output: Any) -> Any:
         inside, before, _ = made.get(id(output), (None, None, None))
-        return before if inside is module else output  # a ReLU returns what it has gated by itself
+        return before if inside is module else output  # a ReLU with its gate inside returns the gated value
 
     census = Census(root, planned, before_gate)
     watching = gate.observers
@@ -163,7 +163,7 @@ class _Judge:
     def _known(self, activation: Activation) -> list[Activation]:
         """Return what the plan may call an activation that ran in code it does not know, such as a traced method.
 
-        Of several calls of one function it cannot be told which this was: one that was left alone may be.
+        Of several calls of one function nothing tells which this was; it may be one that was left alone.
         """
         return [
             each

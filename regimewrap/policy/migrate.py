@@ -37,7 +37,7 @@ def migrated_policy(policy: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: its cycle has a setting that version 1 did not know.
     """
     cycle = policy.get("cycle", {})
-    if isinstance(cycle, Mapping):  # else it is settings of this version already, or a mistake that is told as such
+    if isinstance(cycle, Mapping):  # else it is settings of this version already, or a mistake that is reported later
         cycle = migrated_cycle(cycle)
     return {**policy, "schema_version": 2, "cycle": cycle}
 

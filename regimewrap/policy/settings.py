@@ -76,7 +76,7 @@ class Settings(BaseModel, metaclass=_Checked):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, defer_build=True)
 
     def __dir__(self) -> list[str]:
-        """Return what is ours: pydantic's own names would hide it where names are completed."""
+        """Return our own names, which pydantic's would hide in completions."""
         return [name for name in super().__dir__() if name.startswith("__") or name not in _PYDANTICS]
 
     def replace(self, **changes: Any) -> Self:

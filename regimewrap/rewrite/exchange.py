@@ -99,7 +99,7 @@ def copies_of(home: str, redirected: Sequence[Copied]) -> Copies:
     return result
 
 
-_LOCK = threading.RLock()  # a module may be freed, here too, while another one is wrapped
+_LOCK = threading.RLock()  # one thread, or the collector, may free a module while another one is wrapped
 
 
 class _Exchange:
@@ -113,8 +113,8 @@ class _Exchange:
         self._function = weakref.ref(function)
 
     def admit(self, user: object, part: Part) -> Copies:
-        """Let the function do this too while ``user`` lives; return the copies of plain functions that takes."""
-        # First, as other users may be collected at any moment, and the last one puts the old code back.
+        """Add the edits of ``part`` while ``user`` lives; return the copies of plain functions that they call."""
+        # Before all else: other users may be collected at any moment, and the last one puts the old code back.
         reference = weakref.ref(user, self._let_go)
         self._users.add(reference)
         function = part.find()
@@ -128,11 +128,11 @@ class _Exchange:
             self._let_go(reference)
             raise
         EXCHANGED[function] = self
-        # Where there are no sites this is found by an ordinary look at the class: a miss takes microseconds.
+        # A module without sites finds this on the class; without it, the miss would take microseconds.
         setattr(nn.Module, SITES_ATTRIBUTE, None)
         if code is not None:
             self._edits, function.__code__ = edits, code
-            # What was compiled before may have this function in it, and has no guard for sites that came later.
+            # Compiled code may contain this function, without a guard for sites that come later.
             forget_compiled()
         return {key: both for each in part.copies for key, both in self._copies[each].items()}
 

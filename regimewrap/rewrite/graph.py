@@ -1,6 +1,6 @@
 """The FX pass: gates in the graph of a module that is one already, or that is traced as a whole.
 
-``insert_gate_nodes`` is the pass proper, on any ``torch.fx.Graph``.
+``insert_gate_nodes`` is the pass itself, on any ``torch.fx.Graph``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def insert_gate_nodes(graph: fx.Graph, choose: Chooser) -> int:
             continue
         dropped = _drops_result(node)
         with graph.inserting_after(node):
-            gated = graph.create_node("call_module", GATE_CHILD, (node, site))  # the child may be another graph's
+            gated = graph.create_node("call_module", GATE_CHILD, (node, site))  # the child may belong to another graph
         if dropped:
             # Code such as ``F.relu(x, inplace=True)`` goes on with its input instead.
             _replace_later_uses(graph, node, gated)

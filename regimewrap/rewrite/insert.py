@@ -143,7 +143,7 @@ class _Tracer(fx.Tracer):
         before = set(self.graph.nodes)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception as error:  # noqa: BLE001  whatever stops the tracer means the same to us
+        except Exception as error:  # noqa: BLE001  any error means that it does not trace
             for node in [node for node in reversed(self.graph.nodes) if node not in before]:
                 self.graph.erase_node(node)
             if any(catalog.kind_of_module(child) is not None for child in m.modules()):

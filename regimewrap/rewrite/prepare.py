@@ -1,4 +1,4 @@
-"""Decide how each selected activation is reached, and build what that takes; changes nothing.
+"""Decides how each selected activation is reached, and builds the new code; changes no model.
 
 The least invasive mechanism wins: a hook on a module, a node in a graph, else other code for the method around a call.
 """
@@ -98,7 +98,7 @@ def prepare(model: nn.Module, selected: Sequence[Activation]) -> Prepared:
 
 
 class _Known:
-    """Parts that were tried while this plan is made: equal modules need equal ones."""
+    """The parts that this plan has tried: equal modules share them."""
 
     def __init__(self) -> None:
         self._tried: dict[object, Part | str] = {}
@@ -175,7 +175,7 @@ def _key(part: Part, activation: Activation) -> str:
 
 
 def _without_lost(called: Sequence[Activation], problems: dict[str, str]) -> list[Activation]:
-    """Return what remains without the activations in plain functions that cannot be rewritten; note why for these."""
+    """Leave out the activations in plain functions that cannot be rewritten, and note why."""
     lost: set[str] = set()
     for helper, inside in _by_helper(called, 0).items():
         try:
@@ -219,7 +219,7 @@ def _edits(called: Iterable[Activation], depth: int, copies: Iterable[Copied]) -
 
 
 def _guard_fused_paths(model: nn.Module, prepared: Prepared, known: _Known) -> None:
-    """Keep torch's encoders of gated layers from their fused kernels while the gate has something to do."""
+    """Keep torch's encoders off their fused kernels while a gate inside acts."""
     inside = {path: change for path, change in prepared.changes.items() if change.parts and change.sites}
     for path, module in model.named_modules():
         attribute = next((name for cls, name in FUSED_PATHS.items() if isinstance(module, cls)), None)

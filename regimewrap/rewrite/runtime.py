@@ -1,4 +1,4 @@
-"""What new code, hooks and graphs call while a model runs, and how it hangs on the user's modules."""
+"""What new code, hooks and graphs call while a model runs, and where it is kept on the user's modules."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sites:
         self.copies: Copies = {}
         for part in parts:
             self.copies |= put_in_place(self, part)
-        # Of an activation module: the forward that is one operation with the gate.
+        # For an activation module: the forward that computes activation and gate in one operation.
         self.forward = getattr(parts[0].owner, "forward", None) if parts else None
 
     def at(self, module: nn.Module, key: str, value: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Sites:
         return value if gate is None else gated(module, gate, value)
 
     def relu(self, module: nn.Module, key: str, function: Any, value: Any, **options: Any) -> Any:
-        """Call what was a ReLU when the plan was made, and gate it: in one operation if it is one still.
+        """Call what was a ReLU when the plan was made, and gate the result: in one operation if it still is a ReLU.
 
         Args:
             module: whose mode counts.
@@ -90,7 +90,7 @@ class Sites:
 
 
 def _from_file(gates: Mapping[str, SiteGate], parts: tuple[Part, ...]) -> Sites:
-    """Put code in place in another process, as far as the classes are still what they were."""
+    """Exchange the code in another process, where the classes are still what they were."""
     whole, lost = [], []
     for part in parts:
         try:
@@ -133,11 +133,11 @@ class GateHook:
     A class at the top level, not a closure: it can be pickled, and a deep copy of the model takes a copy of it along.
     """
 
-    #: Those that exist, also in copies and in models that were read from a file.
+    #: All hooks that exist, also in copies and in models that were read from a file.
     alive: ClassVar[weakref.WeakSet[GateHook]] = weakref.WeakSet()
 
     def __new__(cls, *_: Any) -> GateHook:
-        """Make one, and count it."""
+        """Make a hook, and add it to ``alive``."""
         hook = super().__new__(cls)
         cls.alive.add(hook)
         return hook
@@ -168,7 +168,7 @@ def attach_sites(module: nn.Module, sites: Sites) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Take everything off ``module`` that these two put on it, wherever it came from."""
+    """Remove what ``attach_hook`` and ``attach_sites`` put on ``module``, also if it is a copy or came from a file."""
     hooks = module._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, GateHook)]:
         del hooks[key]
@@ -180,7 +180,7 @@ def detach(module: nn.Module) -> None:
 
 
 def refuse_scripting() -> None:
-    """Stand where ``torch.jit.script`` looks first, which would leave out the gates.
+    """Refuse ``torch.jit.script``, which looks here first and would leave out the gates.
 
     Raises:
         WrapError: always.
@@ -203,7 +203,7 @@ def gated(module: nn.Module, gate: SiteGate, value: Any) -> Any:
         return gate(value, module.training)
     tracer: Any = value.tracer
     if not isinstance(tracer, fx.Tracer):
-        return value  # no trace to be run, but sites.flow, which follows values through a stand-in of the module
+        return value  # no trace that will run
     path, site = tracer.path_of_module(module), gate.site.name
     leaf = module.__dict__.setdefault(GATE_CHILD, GraphGates({}).train(module.training))
     leaf.add(gate)
@@ -223,7 +223,7 @@ class GraphGates(nn.Module):
         self.__dict__[SCRIPTING] = refuse_scripting
 
     def add(self, gate: SiteGate) -> None:
-        """Have another gate."""
+        """Add a gate."""
         self.__dict__[SITES_ATTRIBUTE][gate.site.name] = gate
 
     def forward(self, value: Tensor, site: str) -> Tensor:

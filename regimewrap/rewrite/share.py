@@ -25,20 +25,22 @@ _REFERENCES_HERE = 3
 def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
     """Return the ids of the activations that something outside ``model`` refers to.
 
-    Anything counts that other models could be built from: other modules, globals, default arguments, settings,
-    closures, objects with slots; local variables do not.
+    A holder counts if another model could be built from it: another module, a global, a default argument, a setting, a
+    closure, an object with slots. A local variable does not count.
     """
     own, explained = _explained(model)
 
     def suspected() -> list[nn.Module]:
         return [each for each in activations if sys.getrefcount(each) > explained[id(each)] + _REFERENCES_HERE]
 
-    # Counting references is quick; looking for who holds them walks all objects there are.
+    # Counting references is quick; to find the holders takes a walk over all objects.
     if suspected():
         gc.collect(1)  # what planning left behind in cycles
     suspects = suspected()
     wanted = {id(each) for each in suspects}
-    if not suspects or gc.get_freeze_count():  # nothing says who is among the frozen objects, and a copy is cheap
+    if (
+        not suspects or gc.get_freeze_count()
+    ):  # holders may be among the frozen objects, where none is found; a copy is cheap
         return wanted
     found: set[int] = set()
     own |= {id(activations), id(suspects)}
@@ -48,19 +50,19 @@ def held_elsewhere(model: nn.Module, activations: list[nn.Module]) -> set[int]:
     return found
 
 
-#: What has local variables.
+#: Objects with local variables.
 _RUNNING = (types.FrameType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
 def _explained(model: nn.Module) -> tuple[set[int], Counter[int]]:
-    """Return the ids of what holds things in a model, and how often what has an id is referred to from there."""
+    """Return the ids of all holders in a model, and, by id, how often they refer to an object."""
     own: set[int] = set()
     explained: Counter[int] = Counter()
     ahead: list[object] = [each for module in model.modules() for each in (module, module.__dict__)]
     while ahead:
         holder = ahead.pop()
         if id(holder) in own or (isinstance(holder, tuple | frozenset) and not holder):
-            continue  # the empty tuple is everybody's
+            continue  # all of Python shares one empty tuple
         own.add(id(holder))
         if isinstance(holder, nn.Module):
             continue  # its dictionary is ahead
@@ -75,7 +77,7 @@ def _explained(model: nn.Module) -> tuple[set[int], Counter[int]]:
     return own, explained
 
 
-#: What a model may keep its parts in; modules hold methods of themselves, and functions around these, to be called.
+#: What a model may keep its parts in: containers, and methods or functions around its own methods.
 _CONTAINERS = (
     *(dict, list, tuple, set, frozenset, deque),
     *(types.MethodType, functools.partial, types.FunctionType, types.CellType),

@@ -59,12 +59,12 @@ class Edits:
 
 
 def key_of(home: str, span: Span) -> str:
-    """Return what new code calls a site, or the copy of a function: the same in every process."""
+    """Return the key of a site, or of a function's copy, in new code: the same in every process."""
     return f"{home}:{'-'.join(map(str, span))}"
 
 
 def digest_of(function: types.FunctionType) -> str:
-    """Return what tells a function's source from another, for what is read from a file later."""
+    """Return a short hash of a function's source, by which a model that is read from a file notices a change."""
     tree = parse(function)
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16] if tree is not None else ""
 
@@ -86,9 +86,9 @@ def rewritten(function: types.FunctionType, owner: str, home: str, edits: Edits)
     itself = first[0].arg if first else f"{tree.args.vararg.arg}[0]" if tree.args.vararg is not None else None
     if itself is None:
         raise NotRewritableError("it has no argument for the object")
-    # torch.compile does not guard what is read from self.__dict__ and not there.
+    # torch.compile does not guard a lookup in self.__dict__ that finds nothing.
     sites, prologue = f"getattr({itself}, {SITES_ATTRIBUTE!r}, None)", f"if {_SITES} is None: return"
-    if _shows_locals(function):  # new code must do without names of its own
+    if _shows_locals(function):  # new code must have no names of its own
         if not first or itself in assigned(function):
             raise NotRewritableError("it asks for locals(), which would show two more")
         body = _edited(tree, home, edits, f"{itself}.{SITES_ATTRIBUTE}", itself).body
@@ -148,7 +148,7 @@ def _shows_locals(function: types.FunctionType) -> bool:
 def _edited(
     tree: ast.FunctionDef, home: str, edits: Edits, sites: str = _SITES, itself: str = _SELF
 ) -> ast.FunctionDef:
-    """Return a tree with calls of gates; ``sites`` and ``itself`` are what the code calls these there."""
+    """Return a tree with calls of gates; ``sites`` and ``itself`` are the names of these in the code."""
     rewriter = _Rewriter(home, edits, sites, itself)
     edited: ast.FunctionDef = rewriter.visit(copy.deepcopy(tree))
     if rewriter.done != edits.gated | edits.kept | edits.copied:
@@ -220,7 +220,7 @@ class _Undeclared(ast.NodeTransformer):
         return ast.copy_location(ast.Pass(), node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return node  # those inside are its own
+        return node  # a function inside keeps its own
 
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
         return node
@@ -262,7 +262,7 @@ def _renamed(code: types.CodeType, old: str, new: str) -> types.CodeType:
 
 
 def _essence(code: types.CodeType) -> list[object]:
-    """What a function's code does, without what depends on the imports of its file (how methods are loaded)."""
+    """Return what code does, without details that depend on the imports of its file (how methods are loaded)."""
     steps: list[object] = [code.co_varnames, code.co_freevars, code.co_cellvars]
     for step in dis.get_instructions(code):
         if step.opname in _INCIDENTAL:
@@ -292,7 +292,7 @@ def _in_decorators(outer: types.FunctionType, inner: types.FunctionType, new: ty
 
 
 def _require_passing_on(function: types.FunctionType) -> None:
-    """Refuse decorators that could lose further first arguments, or call something else than the function below.
+    """Refuse decorators that could lose two more leading arguments, or call another function than the one below.
 
     Raises:
         NotRewritableError: not every decorator certainly calls what is below with all arguments that it gets.

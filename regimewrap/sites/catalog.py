@@ -168,7 +168,7 @@ def kind_of_callee(value: Any) -> str | None:
     return kind_of_function(value)
 
 
-#: What may be asked for its name; anything else may import, or raise, when it is.
+#: Types whose ``__name__`` is safe to read; other objects may import something, or raise.
 _NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 

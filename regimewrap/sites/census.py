@@ -20,12 +20,12 @@ from regimewrap.sites.probe import Shapes
 #: A file, and in it first and last line, first and last column.
 _Place = tuple[str, int | None, int | None, int | None, int | None]
 
-#: How many calls up the code is looked for that the plan knows; torch's own functions are a few deep.
+#: How many callers are searched for code that the plan knows; torch's own functions are a few deep.
 _UP = 16
 
 
 class Ran(NamedTuple):
-    """One activation that ran: what the plan calls it, or as much as can be told, and what it returned."""
+    """One activation that ran: its name in the plan, or the nearest name there is, and what it returned."""
 
     activation: Activation
     output: Any
@@ -74,7 +74,7 @@ class Census(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").partition(".")[0]  # relu.default
-        # What a gate's own operator does inside is no activation of the model.
+        # Functions inside a gate's operator are no activations of the model.
         own = str(sys._getframe(2).f_globals.get("__name__")).startswith(f"{topk.__name__}.")
         kind = catalog.kind_of_function(func) if not own else None
         inside = self.stack[-1] if self.stack else self.root

@@ -46,8 +46,8 @@ def choose(policy: SitePolicy, activation: Activation, purpose: Purpose) -> tupl
 def site_for(policy: RegimePolicy, activation: Activation, purpose: Purpose) -> Site | None:
     """Return an activation's place under the gate: its multiplier and, for position scope, its channel dimension.
 
-    ``None`` if nothing tells that dimension and the last one is no good guess: in a plain function, and where a method
-    calls it among layers that say different things.
+    ``None`` if nothing tells that dimension and the last one would be a bad guess: in a plain function, and in a method
+    whose layers have their channels in different places.
     """
     dim: int | None = None
     if policy.gate.scope == "position":

@@ -89,7 +89,7 @@ def find(model: nn.Module, flow: Dataflow | None = None) -> list[Activation]:
     """
     flow = flow if flow is not None else Dataflow(model)
     modules = list(model.named_modules())
-    # A hook on the activation of torch's encoder layer would switch its fused kernel off for good: gate the call.
+    # A hook on the activation of torch's encoder layer would switch off its fused kernel forever; so the call is gated.
     by_call = {id(each.activation) for _, each in modules if isinstance(each, TORCH_LAYERS)}
     registered = {id(module) for _, module in modules} - by_call
     dropped, lost = _dropped(modules)
@@ -112,7 +112,7 @@ def find(model: nn.Module, flow: Dataflow | None = None) -> list[Activation]:
         if kind is None:
             if type(module).__name__ not in catalog.NORM_AND_ACTIVATION:  # a normalisation without its activation
                 inside = _in_methods(path, module, registered, flow)
-                # What a first pass makes of a lazy module is of another class, without what this one was given.
+                # Its first pass makes a lazy module one of another class, which loses what was put on this one.
                 lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
                 found.extend(replace(each, problem=_LAZY) if lazy else each for each in inside)
             continue
@@ -129,7 +129,7 @@ def _in_script(path: str, module: torch.jit.ScriptModule) -> Iterator[Activation
     if kind is not None:
         yield Activation(path, label, kind, path, problem=problem)
         return
-    # Children have graphs of their own; in this one they are calls of methods.
+    # A child has its own graph; this one shows it as a call of a method.
     for name, kind in _in_script_graph(getattr(module, "graph", None)):
         yield Activation(f"{path}.{name}" if path else name, name, kind, path, problem=problem)
 
@@ -147,7 +147,7 @@ def _in_script_graph(graph: Any) -> Iterator[tuple[str, str]]:
 
 
 def _in_graph(path: str, module: fx.GraphModule) -> Iterator[Activation]:
-    # Activation modules that its graph calls are found as modules, like any others.
+    # Activation modules in the graph are found as modules, like all others.
     nodes: dict[str, fx.Node] = {}
     for node in (node for graph in graphs_of(module) for node in graph.nodes):
         nodes.setdefault(node.name, node)
@@ -160,10 +160,10 @@ def _in_graph(path: str, module: fx.GraphModule) -> Iterator[Activation]:
 
 
 def _dropped(modules: list[tuple[str, nn.Module]]) -> tuple[dict[int, list[tuple[Method, Span]]], dict[int, str]]:
-    """Find, by the id of an activation module, the places that drop its in-place result, and those beyond help."""
+    """Return, by the id of an activation, where methods drop its in-place result, and why one cannot be mended."""
     places: dict[int, list[tuple[Method, Span]]] = defaultdict(list)
     lost: dict[int, str] = {}
-    # Any other call of which the result is dropped is without effect, gated or not; reading all code takes its time.
+    # A dropped result has an effect only if the activation works in place. If none does, no code is read.
     if not any(getattr(module, "inplace", False) for _, module in modules):
         return places, lost
     for path, module in modules:
@@ -202,7 +202,7 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
             if each.through or each.call is None or each.call.span not in followed:
                 listed[each.code, each.call.span if each.call is not None else NOWHERE] = None
                 yield each
-    # What a function does that is gated as a whole, where it is called, is reached.
+    # A function that is one activation call, such as a lambda, is gated where it is called.
     for calling, span in listed:
         for callee in seen[calling].get(span, ()) if calling is not None else ():
             gated = function_of(callee) if kind_of_short(callee) is not None else None
@@ -212,7 +212,7 @@ def _in_methods(path: str, module: nn.Module, registered: Set[int], flow: Datafl
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    """Say whether a module runs a forward of torch's own layers, in which no activation is called that is no module."""
+    """Say whether a module runs a forward of torch's own layers: what these call is a module, or inside torch."""
     forward = module.__dict__.get("forward", getattr(type(module), "forward", None))
     return (getattr(forward, "__module__", None) or "").startswith("torch.nn.modules.")
 
@@ -220,7 +220,7 @@ def _is_torchs(module: nn.Module) -> bool:
 def _named(
     place: str, calls: Sequence[Call], method: Method, path: str, through: tuple[Helper, ...] = ()
 ) -> Iterator[Activation]:
-    """Name the calls of one function, those of the same activation by number."""
+    """Name the calls of one function: ``relu``, ``relu_2``, ..."""
     counts: Counter[str] = Counter()
     for call in calls:
         counts[call.short] += 1
@@ -259,7 +259,7 @@ def _elsewhere(
     listed: Mapping[tuple[types.CodeType | None, Span], None],
     registered: Set[int],
 ) -> Iterator[Activation]:
-    """Find what the forward pass calls and none of the mechanisms reaches: in other objects' code, or scripted."""
+    """Find activations that run and that no mechanism reaches: in code of other objects, or scripted."""
     counts: Counter[str] = Counter()
     for code, places in seen.items():
         for span, callees in places.items():

@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
         activation: what was found.
-        mechanism: how it is reached; ``None`` if no mechanism can, or none was needed.
+        mechanism: how it is reached; ``None`` if no mechanism reaches it, or it is left alone.
         selected: whether the policy wants it gated.
         why: the reason for either, in words.
         site: its place under the gate, if it will be gated.

@@ -40,7 +40,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments: a tuple or list is the former, a mapping the latter, else it is one."""
+    """Return example inputs as positional and keyword arguments; they are ``(x, y)``, ``{"x": x}`` or ``x`` alone."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
@@ -56,8 +56,8 @@ def own(model: nn.Module) -> nn.Module:
     if not lazy and not any(map(is_lazy, model.parameters())):
         return model
     try:
-        # torch copies lazy parameters, and not lazy buffers.
-        empty: Any = UninitializedBuffer  # its type tells of no device
+        # torch can copy lazy parameters, but not lazy buffers.
+        empty: Any = UninitializedBuffer  # its type has no argument for the device
         return copy.deepcopy(model, {id(each): empty(device=each.device) for each in lazy})
     except Exception as error:
         raise WrapError(
@@ -80,7 +80,7 @@ class Shapes:
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def record(self, name: str, inputs: Any, output: Any) -> None:
-        """Take down one call of the module of that name."""
+        """Record one call of the module with this name."""
         taken = next((each for each in tree_leaves(inputs) if isinstance(each, Tensor)), None)
         if taken is not None:
             self.inputs[name] = tuple(taken.shape)

@@ -1,4 +1,4 @@
-"""Everything that a plan needs to know of a model, read once and handed on: activations, where values go, what ran."""
+"""All that a plan needs to know of a model, read once: its activations, where values go, what ran."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found; it holds nothing of the model, which may be changed next.
+    """What was found. It refers to no part of the model, so the model may change.
 
     Attributes:
         verdicts: one for each activation, those that only ran behind those that the code shows.
@@ -84,7 +84,7 @@ def survey(model: nn.Module, policy: RegimePolicy, example_inputs: Any = None) -
 
 
 def _unseen(census: Census, found: list[Activation]) -> Iterator[Activation]:
-    """Yield what ran and is not among what was found, a name once."""
+    """Yield each activation that ran and was not found, once a name."""
     names = {each.name for each in found}
     labels = {(each.module, each.short) for each in found if each.call is not None or each.problem is not None}
     for ran in census.ran:

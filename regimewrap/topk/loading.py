@@ -1,4 +1,4 @@
-"""Compiled kernels that may be missing or may fail: loaded when first asked for, given up with one warning."""
+"""Compiled kernels: loaded when first needed, and given up with one warning if they are missing or fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Kernels:
         """Do ``work``, and say whether it went well: a broken compiler must not end a training run."""
         try:
             work()
-        except Exception as error:  # noqa: BLE001  whatever a broken installation throws
+        except Exception as error:  # noqa: BLE001  a broken installation may raise anything
             self.usable = False
             warnings.warn(f"regimewrap {self._otherwise} ({self._why(error)}).", RuntimeWarning, stacklevel=3)
             return False

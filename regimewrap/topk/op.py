@@ -22,7 +22,7 @@ from regimewrap.topk.gpu import dispatch as gpu
 from regimewrap.topk.register import is_recorded, operator
 from regimewrap.topk.selection import Selection, check_gradient, check_selection, effective_ratio, full_rows
 
-#: As an operator: who watches torch's functions is not to see the one inside a gate, and ``verify`` passes it over.
+#: Called as an operator, so that what watches torch's functions, such as ``verify``, does not see the ReLU in a gate.
 _relu = torch.ops.aten.relu
 
 

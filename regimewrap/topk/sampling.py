@@ -31,7 +31,7 @@ class GateSample(NamedTuple):
 #: is empty, and do nothing more if it is.
 ON: dict[int, list[Tensor]] = {}
 _PAUSED: dict[int, list[Tensor]] = {}
-#: Ends what a gate began that is gone: another one may have its keep ratio in the same memory next.
+#: Ends the sample of a gate that is gone: the next gate may have its keep ratio in the same memory.
 _OWNERS: dict[int, weakref.ref[Tensor]] = {}
 
 

@@ -36,7 +36,7 @@ _LOOK_EVERY = 50  # updates between two looks at the loss, each of which waits f
 
 @final
 class Stopped(Exception):  # noqa: N818 - not an error
-    """Somebody asked the run to stop; it can go on from where it is."""
+    """The user asked the run to stop; it can go on from where it is."""
 
 
 @final
@@ -262,7 +262,7 @@ class Run:
         }
         try:
             return create_transform(**look, is_training=True, **options)
-        except (AssertionError, KeyError, ValueError) as error:  # what timm raises for words that it does not know
+        except (AssertionError, KeyError, ValueError) as error:  # timm raises these for unknown words
             raise DataError(f"timm has no use for --aa {settings.aa}: {error}.") from error
 
     def _share_of_rate(self) -> float:

@@ -1,4 +1,4 @@
-"""What a saved model is good for: classes of pictures, accuracy at any budget, a file for another runtime."""
+"""Uses of a saved model: classes of pictures, accuracy at any budget, a file for another runtime."""
 
 from __future__ import annotations
 

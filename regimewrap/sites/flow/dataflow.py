@@ -26,7 +26,7 @@ from regimewrap.sites.read.code import stored
 Origin = Literal["constant", "pooled", "features"]
 _ORDER: tuple[Origin, ...] = ("constant", "pooled", "features")
 
-#: How many operations back an origin is looked for; what is averaged or looked up is so close by.
+#: How many operations back an origin is looked for; an average or a lookup is close by.
 _BACK = 16
 
 
@@ -51,7 +51,7 @@ class Dataflow:
         self._index: dict[int, list[tuple[str, fx.Node]]] | None = None
 
     def module(self, path: str) -> nn.Module:
-        """Return what a dotted name stands for; quicker than asking the model each time."""
+        """Return the module with a dotted name."""
         found = self.modules.get(path)
         return self.model.get_submodule(path) if found is None else found
 
@@ -78,7 +78,7 @@ class Dataflow:
             ):
                 return trace
         trace = Tracer(module, {id(each): name for name, each in module.named_modules()}).read(function)
-        # Of the module itself nothing is to be kept but what tells others that they read alike.
+        # Kept of the module: only what shows that another module reads alike.
         known.append(trace)
         return trace
 
@@ -109,7 +109,7 @@ class Dataflow:
         return isinstance(a, types.MethodType) and a.__func__ is b.__func__ and isinstance(a.__self__, nn.Module)
 
     def forget(self) -> None:
-        """Let go of the model: graphs are cycles, and what they refer to would look as if something else held it."""
+        """Drop all references to the model: graphs are cycles, and theirs would look like those of another holder."""
         for traces in self._known.values():
             for trace in traces:
                 if trace is not None:
@@ -140,7 +140,7 @@ class Dataflow:
         return self._index.get(id(self.module(path)), [])
 
     def computed(self, path: str, method: str, frames: tuple[Frame, ...]) -> list[fx.Node]:
-        """Return the nodes of a module's graph that calls at these places make, one in the function of the next."""
+        """Return the nodes of a module's graph that a call makes; ``frames`` are its place and those of its callers."""
         for entry in dict.fromkeys(("forward", method)):
             graph = self.graph(path, entry)
             found = (
@@ -181,12 +181,12 @@ class Dataflow:
             pooled = pools(node) or self._averages(path, node, depth)
         found = self._widest(((path, each) for each in node.all_input_nodes), depth + 1)
         if found is None:
-            # A function makes a constant of nothing; a layer that is given nothing was traced without its input.
+            # A function without inputs makes a constant; a layer without inputs was traced without its own.
             return "constant" if node.op == "call_function" and node.target is not unknown else "features"
         return "pooled" if pooled and found == "features" else found
 
     def _averages(self, path: str, node: fx.Node, depth: int) -> bool:
-        """Say whether branches meet of which one pools: with a mask or without, it is the same average."""
+        """Say whether branches meet and one of them pools: an average with a mask and one without are alike."""
         inputs = node.all_input_nodes if node.target is either else ()
         return any(self.origin(path, each, depth + 8) == "pooled" for each in inputs)
 
@@ -213,7 +213,7 @@ class Dataflow:
 
 
 def related(a: fx.Node, b: fx.Node) -> bool:
-    """Say whether two values of one graph are computed from a common one, constants and sizes apart."""
+    """Say whether two values of one graph depend on a common one that is no constant and no size."""
     return bool(_sources(a) & _sources(b))
 
 

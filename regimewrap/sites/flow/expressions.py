@@ -273,7 +273,7 @@ class Expressions(Writer):
 
 
 def own(value: Any, depth: int = 3) -> Any:
-    """Return a copy of a container of the user's, so that reading code that fills it changes nothing of theirs."""
+    """Return a copy of a user's container, so that code which is read and fills it changes only the copy."""
     if type(value) not in CONTAINERS:
         return value
     if not depth or len(value) > _MOST:

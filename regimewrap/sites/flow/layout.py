@@ -85,7 +85,7 @@ _NOTHING: _Dims = (None, None)
 
 
 def _dims(flow: Dataflow, path: str, node: fx.Node, depth: int) -> _Dims:
-    """Return the channel dimension and the rank of a value, each ``None`` if it cannot be told."""
+    """Return the channel dimension and the rank of a value, each ``None`` if nothing tells."""
     if depth > _BACK or node.op in ("get_attr", "output"):
         return _NOTHING
     if node.op == "placeholder":
@@ -110,7 +110,7 @@ def _dims(flow: Dataflow, path: str, node: fx.Node, depth: int) -> _Dims:
         if name == "getitem" and not _slices(node.args[1]):
             return _NOTHING
         found = _agreed(flow, inputs, depth + 1)
-        # What is split into features is split along the channels.
+        # A tensor that is split into features is split along its channels.
         along: Any = node.kwargs.get("dim", (*node.args, None, None)[2])
         return (along, found[1]) if name in SPLITTING and found[0] is None and along in (1, -1) else found
     if name in ("reshape_as", "view_as"):
@@ -119,7 +119,7 @@ def _dims(flow: Dataflow, path: str, node: fx.Node, depth: int) -> _Dims:
 
 
 def _agreed(flow: Dataflow, values: Iterable[tuple[str, fx.Node]], depth: int) -> _Dims:
-    """Return what all values agree on, those of which nothing is known apart."""
+    """Return what all values agree on; those of which nothing is known do not count."""
     found = {_dims(flow, path, node, depth) for path, node in values if node.op != "get_attr"} - {_NOTHING}
     dims, ranks = {dim for dim, _ in found}, {rank for _, rank in found if rank is not None}
     return dims.pop() if len(dims) == 1 else None, ranks.pop() if len(ranks) == 1 else None
@@ -171,7 +171,7 @@ def _of(module: nn.Module, flow: Dataflow | None = None, path: str = "") -> int 
         return 1
     if isinstance(module, _FIRST) or name.endswith(("Norm2d", "Conv2d")) or "NormAct2d" in name:
         return 1
-    if name.endswith(("LayerNorm", "RMSNorm")) and not isinstance(module, _LAST):  # somebody's own
+    if name.endswith(("LayerNorm", "RMSNorm")) and not isinstance(module, _LAST):  # a norm of the user's own
         return _of_norm(module, flow, path)
     # Hugging Face's Conv1D is a linear layer.
     return (

@@ -26,7 +26,7 @@ batch_norm layer_norm data"""
 PRODUCTS = frozenset(["mul", "imul", "mul_", "multiply"])
 SUMS = frozenset(["add", "iadd", "sub", "isub", "add_", "sub_"])
 MATRIX_PRODUCTS = frozenset(["matmul", "imatmul", "bmm", "einsum", "mm"])
-#: What leaves one number of all that there is, where no dimension is named.
+#: Reductions to one number, where no dimension is named.
 TOTALS = frozenset(["mean", "sum", "norm", "nanmean", "nansum"])
 _LOSSES = """
 mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy binary_cross_entropy nll_loss kl_div
@@ -74,7 +74,7 @@ def pools(node: fx.Node) -> bool:
     name = name_of(node)
     rest = [*node.args[1:], *node.kwargs.values()]
     if name in _REDUCTIONS:
-        # Of the first dimension, it averages a list's entries; with a second tensor, the larger of two is meant.
+        # Over dimension 0 it averages the entries of a list; with a second tensor, max is the larger of two.
         return rest[:1] not in ([0], [(0,)]) and not any(isinstance(each, fx.Node) for each in rest)
     if name == "sum":
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else ())

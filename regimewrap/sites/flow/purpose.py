@@ -51,7 +51,7 @@ _LIMIT = 40
 _NEAR = 12
 
 
-#: What the ends of an activation's paths say, if there are no others.
+#: The reason for each end, if all paths of an activation end so.
 _REASONS = {
     "gate": "all it feeds is a gate in {}",
     "steers": "all it feeds is a gate in {}: pooled features that scale or shift the others",
@@ -63,7 +63,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class _Way:
-    """How a value came where it is: pooled features, unchanged but for shape and mask, summed up to one number."""
+    """What a value is on its way: pooled features, only reshaped or masked so far, summed up to one number."""
 
     pooled: bool
     direct: bool = True
@@ -117,7 +117,7 @@ class Purpose:
         return self._by_shape(activation) or self._by_name(activation)
 
     def note(self, activation: Activation) -> str:
-        """Return what is worth knowing about a gated activation, to be put behind the reason."""
+        """Return a remark on a gated activation, which follows the reason."""
         shape = self._shapes.outputs.get(activation.module) if activation.name == activation.module else None
         batch = self._shapes.batch
         if shape and batch is not None and shape[0] != batch:
@@ -147,7 +147,7 @@ class Purpose:
         return [(path, node) for node in self.flow.computed(path, activation.method.name, frames)]
 
     def _narrows(self, path: str, node: fx.Node) -> bool:
-        """Say whether the layer before has few outputs, as the last one of a network has, and not hidden ones have."""
+        """Say whether the layer before has few outputs: as the last layer of a network, and unlike a hidden one."""
         for _ in range(4):
             before = node.all_input_nodes
             if len(before) != 1:
@@ -162,7 +162,7 @@ class Purpose:
         return False
 
     def _by_shape(self, activation: Activation) -> str | None:
-        """Judge by shapes: one position inside a block that takes and returns the same features at several."""
+        """Judge by shapes: is this one position, in a block that takes and returns features at several positions?"""
         shape = self._shapes.outputs.get(activation.module, ())
         if activation.name != activation.module or _positions(shape) != 1:
             return None
@@ -294,12 +294,12 @@ class Purpose:
         return next(self.flow.module(path).get_submodule(str(call.target)).parameters(), None) is None
 
 
-#: What only looks at values.
+#: Functions that only look at values.
 _TESTS = frozenset(["eq", "ne", "lt", "le", "gt", "ge", "is_grad_enabled", "print"])
 
 
 def _positions(shape: tuple[int, ...]) -> int:
-    """Return at how many positions features of a shape stand, channels first or last; 0 if it has no positions."""
+    """Return the number of positions in a shape, channels first or last; 0 if it has none."""
     if len(shape) < 4:
         return 0
     first, last = torch.Size(shape[2:]).numel(), torch.Size(shape[1:-1]).numel()

@@ -17,7 +17,7 @@ class Statements(Expressions):
     """Reads statements: branches on what is not known both ways, loops over known things in turn."""
 
     def _block(self, statements: list[ast.stmt], env: Env) -> bool:
-        """Read statements in order; ``True`` if what stands behind them is certainly not reached."""
+        """Read statements in order; return ``True`` if the code after them is certainly not reached."""
         return any(self._statement(each, env) for each in statements)
 
     def _statement(self, node: ast.stmt, env: Env) -> bool:
@@ -87,7 +87,7 @@ class Statements(Expressions):
         return self._branches([node.body, node.orelse], env)
 
     def _branches(self, blocks: list[list[ast.stmt]], env: Env) -> bool:
-        """Read alternatives from the same start, and let what they leave meet; ``True`` if none goes on."""
+        """Read alternatives from the same start, and join their results; return ``True`` if none goes on."""
         ends: list[Env] = []
         for block in blocks:
             inner = env.copy()

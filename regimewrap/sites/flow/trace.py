@@ -1,8 +1,8 @@
 """The one tracer: reads the syntax tree of a method and writes down, as a graph, which values go where.
 
 Nothing of the user's runs: names are looked up, own methods and plain functions are read in turn, branches on what is
-not known are read both ways, loops over known things are unrolled. What cannot be told becomes a node that takes all
-its arguments. So a graph always exists; it is good enough to say what an activation is for, and not to compute with.
+not known are read both ways, loops over known things are unrolled. What is not known becomes a node with all its
+arguments. So there is always a graph. It is good enough to say what an activation is for, and not to compute with.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Tracer(Statements):
             return self._apply(callee, args, kwargs)
 
     def _whole(self, callee: Any) -> Any:
-        """Return the module for ``module.forward``, which does what calling it does, hooks apart."""
+        """Return the module for ``module.forward``: both do the same, hooks apart."""
         if type(callee) is types.MethodType and callee.__name__ == "forward" and id(callee.__self__) in self._paths:
             return callee if callee.__self__ is self._module else callee.__self__
         if type(callee) is types.BuiltinMethodType and callee.__name__ == "apply" and isinstance(callee.__self__, type):

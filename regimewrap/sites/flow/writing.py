@@ -1,4 +1,4 @@
-"""What the tracer writes: a graph of values, and what stands in it for branches that meet and for the unknown."""
+"""What the tracer writes: a graph of values, in which ``either`` joins branches and ``unknown`` follows nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNARY: dict[type, Any] = {
     ast.Not: operator.not_,
     ast.Invert: operator.invert,
 }
-#: Values that may be computed with: operators of these run no code of the user's.
+#: Types that the tracer computes with: their operators run no code of the user's.
 PLAIN = (bool, int, float, str, bytes, type(None), range, slice)
 CONTAINERS = (list, tuple, dict, set)
 KNOWN = (*PLAIN, *CONTAINERS)
@@ -52,7 +52,7 @@ def either(*values: Any) -> Any:
 
 
 def unknown(*values: Any) -> Any:
-    """Stand, in a graph, for what some values are given to and cannot be followed."""
+    """Stand, in a graph, for a call that cannot be followed."""
     return values
 
 
@@ -60,13 +60,13 @@ def attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Compute with known values; ``UNKNOWN`` where that raises, as it would in the code that is read."""
     try:
         return function(*args, **kwargs)
-    except Exception:  # noqa: BLE001  whatever it is, nothing is known then
+    except Exception:  # noqa: BLE001  any error means that nothing is known
         return UNKNOWN
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A function defined in code that is read, or a method, with what it closes over or belongs to."""
+    """A function that is defined in the code that is read, or a method, with its closure or its object."""
 
     function: Any
     owner: Any = None
@@ -110,7 +110,7 @@ class TooLongError(Exception):
 
 
 class Env(dict[str, Any]):
-    """Local names, with the function whose they are and the names around it."""
+    """The local names of a function, with the names around it."""
 
     def __init__(self, function: types.FunctionType, cells: Any = None, code: Any = None) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Env(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Star:
-    """What stands behind a star among arguments and cannot be counted."""
+    """A starred argument whose length is not known: ``f(*values)``."""
 
     value: Any
 
@@ -143,7 +143,7 @@ class Writer:
 
     @contextmanager
     def _at(self, node: ast.expr, env: Env) -> Iterator[None]:
-        """Note that nodes which are made in the block come from this place."""
+        """Give the nodes that are made in the block this place."""
         before, self._frames = self._frames, (*self._frames, (env.code, span_of(node)))
         try:
             yield

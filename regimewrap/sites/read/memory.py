@@ -1,4 +1,4 @@
-"""What one plan has read already. It ends with the plan: nothing outlives it, or keeps a class or its data alive."""
+"""What one plan has read. All of it is dropped when the plan is made, so no class or data is kept alive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def remembering() -> Iterator[None]:
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:
-    """Give a function of hashable positional arguments a memory inside ``remembering``; outside it has none."""
+    """Cache a function of hashable positional arguments inside ``remembering``, and only there."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
