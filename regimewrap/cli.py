@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ import torch
 import typer
 
 from regimewrap import __version__
-from regimewrap.errors import MissingExtraError, NoSitesError, RegimewrapError
+from regimewrap.errors import NoSitesError, RegimewrapError
 from regimewrap.files import claimed_folder, terminal_width
 from regimewrap.policy.policy import RegimePolicy, require_ratio
 from regimewrap.recipes.data import load_data
@@ -86,7 +85,6 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each arm.")] = 8,
 ) -> int:
     """Train one small network on digits for many budgets, and a dense twin. Write a report."""
-    _require_plotting()
     with claimed_folder(out):
         data = load_data(DEMO_WORK.source, limit=DEMO_WORK.limit)
         jobs = demo_jobs(range(seeds))
@@ -174,12 +172,6 @@ def policy_validate(file: Annotated[Path, typer.Argument(help="A policy file, .y
 def policy_schema() -> None:
     """Print the JSON schema of policy files."""
     typer.echo(json.dumps(RegimePolicy.json_schema(), indent=2))
-
-
-def _require_plotting() -> None:
-    # Asked before training: the report is drawn after it.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib", "cli")
 
 
 def _outcome(run: Run) -> str:

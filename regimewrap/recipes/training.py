@@ -205,11 +205,20 @@ class _Recorder:
         if self._losses:
             self._mean_loss()  # refuses what diverged after the last decision
         seconds = time.perf_counter() - self._started
-        values = sweep(self._model, lambda model: accuracy(model, test), settings.keep_ratios).values
+        densities: list[float] = []
+
+        def evaluate(model: nn.Module) -> float:
+            with watch(model) as seen:
+                result = accuracy(model, test)
+            densities.append(seen.density)
+            return result
+
+        values = sweep(self._model, evaluate, settings.keep_ratios).values
         return Run(
             arm=arm,
             seed=seed,
             accuracy={str(ratio): value for ratio, value in values.items()},
+            density=dict(zip(map(str, values), densities, strict=True)),
             trace=self._trace,
             cycles=self._cycles,
             bound_share=sum(point.bound > 0 for point in self._trace) / max(len(self._trace), 1),

@@ -9,47 +9,39 @@ from typing import TYPE_CHECKING, Any
 
 from regimewrap.errors import DataError
 from regimewrap.files import write_whole
-from regimewrap.report import plots
+from regimewrap.report.charts import CHARTS, charts
 from regimewrap.report.page import policy_yaml, render
+from regimewrap.report.svg import as_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from regimewrap.report.results import Arm, Experiment
-
-_PLOTS: dict[str, Callable[[Experiment], bytes | None]] = {
-    "accuracy-by-budget.png": plots.accuracy_by_budget,
-    "keep-ratio-trace.png": plots.keep_ratio_trace,
-    "time-bound.png": plots.time_bound,
-}
 
 
 def write_report(experiment: Experiment, folder: Path) -> None:
-    """Write ``report.html``, its plots as PNG, ``results.json`` and ``policy.yaml`` into ``folder``, made if missing.
+    """Write ``report.html``, its charts as SVG, ``results.json`` and ``policy.yaml`` into ``folder``, made if missing.
 
     ``results.json`` reads back with ``Experiment.model_validate_json``. ``policy.yaml`` holds a YAML document for each
     arm. Each file is written beside its place and then moved there, so an interruption leaves the old file or the new
-    one, and reports of a run that goes on may be written again and again. A plot that the records no longer allow is
+    one, and reports of a run that goes on may be written again and again. A chart that the records no longer allow is
     removed.
 
     Raises:
         DataError: the folder cannot be made or written.
-        MissingExtraError: matplotlib is not installed.
+        MissingExtraError: scipy is not installed, and there are several seeds to compare.
     """
-    pictures = {name: draw(experiment) for name, draw in _PLOTS.items()}
-    shown = {name: picture for name, picture in pictures.items() if picture is not None}
+    drawn = charts(experiment)
     files = {
         "results.json": _json(experiment).encode(),
         "policy.yaml": _policies(experiment.arms).encode(),
-        **shown,
-        "report.html": render(experiment, shown).encode(),
+        **{f"{name}.svg": as_file(picture).encode() for name, picture in drawn.items()},
+        "report.html": render(experiment, drawn).encode(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_whole(folder / name, content)
-        for name in pictures.keys() - shown.keys():
-            (folder / name).unlink(missing_ok=True)
+        for name in CHARTS - drawn.keys():
+            (folder / f"{name}.svg").unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"Cannot write the report to {folder}: {error.strerror or error}. Choose another folder."

@@ -1,106 +1,139 @@
-"""One self-contained HTML page: styles and pictures inside it, no script, nothing fetched."""
+"""One self-contained HTML page: styles, drawings and one small script inside it, nothing fetched."""
 
 from __future__ import annotations
 
-import base64
+import json
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from regimewrap.report.statistics import TIE_RULE
-from regimewrap.report.summary import accuracy, bound_share, budget, keep_ratios, percent_spread
+from regimewrap.report.look import SCRIPT, STYLE
+from regimewrap.report.statistics import FEWEST_SEEDS, TIE_RULE
+from regimewrap.report.summary import (
+    accuracy,
+    bound_share,
+    budget,
+    density,
+    keep_ratios,
+    percent_spread,
+    reference_arm,
+    seed_count,
+)
 from regimewrap.report.tables import accuracy_caption, cycles
-from regimewrap.report.words import conclusion
+from regimewrap.report.words import conclusion, opening
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterator, Mapping
 
     from regimewrap.report.results import Arm, Experiment
 
-_STYLE = """
-:root { color-scheme: light; --ink: #222; --soft: #595959; --line: #ddd; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 48rem; padding: 2rem 1rem 4rem; color: var(--ink); background: #fff;
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
-.conclusion { font-size: 1.12rem; margin: 1.4rem 0; padding: .2rem 0 .2rem 1rem; border-left: 4px solid var(--accent); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .5rem; }
-caption span { display: block; max-width: calc(100vw - 2rem); }
-th, td { padding: .4rem .7rem .4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--ink); }
-.figures td, .figures thead th:not(:first-child) { text-align: right; padding: .4rem 0 .4rem .7rem; }
-.figures td, .figures tbody th { white-space: nowrap; }
-.arms { padding-left: 1.1rem; margin: .8rem 0; }
-.settings th { width: 30%; font-weight: 600; }
-.settings td { overflow-wrap: anywhere; }
-figure { margin: 1rem 0; }
-img { display: block; width: 100%; height: auto; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
-code { overflow-wrap: anywhere; }
-summary { cursor: pointer; padding: .3rem 0; }
-"""
+# A page that could fetch or send something would say so here.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
-_PICTURES = {
-    "accuracy-by-budget.png": (
-        "Accuracy by budget",
-        "Test accuracy after the last epoch over the keep ratio it was evaluated at. Lines join the means; bars reach "
-        "one standard deviation over seeds each way; faint dots are single seeds. Arms stand a little apart so that "
-        "none hides another.",
-    ),
-    "keep-ratio-trace.png": (
-        "How the budget moved",
-        "The keep ratio over training. Triangles mark resets to the full budget, circles relaxations, both where they "
-        "were decided. The grey area is the share of sites at which the gate zeroed something: where there is none, "
-        "the gate did nothing, whatever the keep ratio. Faint lines are the other seeds.",
-    ),
-    "time-bound.png": (
-        "How often the gate bound",
-        "The share of updates, among those looked at, in which the gate zeroed a non-zero unit at one site or more; "
-        "mean over seeds. An arm whose gate seldom binds is trained like the dense one.",
-    ),
+_HEADINGS = {
+    "accuracy-by-budget": "Accuracy by budget",
+    "density-by-budget": "Density by budget",
+    "keep-ratio-trace": "How the budget moved",
 }
 
-_CAVEATS = (
-    "Few seeds stand behind each figure. The spread says how far runs differ, not how sure their mean is.",
-    TIE_RULE,
-    "Accuracy is that of the last epoch, never of the best one, and no run was steered by test figures; but the demo's "
-    "default settings were found by trials on the same data.",
-    "Small data sets, such as scikit-learn's digits with their 8×8 pixels, are easy: figures on them say little about "
-    "others.",
-    "The method is Haotian Wang's (<cite>Joint Training Across Multiple Activation Sparsity Regimes</cite>, "
-    "arXiv 2603.03131). The gain of about one point reported there comes from one run an arm. Which of the strategies "
-    "here is which of the paper's two, and how its figures were picked, is not known to us.",
-)
 
-
-def render(experiment: Experiment, pictures: Mapping[str, bytes]) -> str:
-    """Return the page's HTML; ``pictures`` are PNG files by the names ``write_report`` gives them."""
+def render(experiment: Experiment, drawings: Mapping[str, str]) -> str:
+    """Return the page's HTML; ``drawings`` are those of ``charts``."""
     sections = [
         f"<h1>{escape(experiment.title)}</h1>",
         f'<p class="soft">{escape(experiment.device)} · <code>{escape(experiment.command)}</code></p>',
+        f"<p>{_sentence(opening(experiment))}</p>",
         f'<p class="conclusion">{_sentence(conclusion(experiment))}</p>',
         _accuracy_table(experiment),
         _arms(experiment),
-        *(_figure(name, pictures[name], experiment) for name in _PICTURES if name in pictures),
+        "<section>",  # the slider stays in sight as far as this reaches
+        _slider(experiment) if "accuracy-by-budget" in drawings else "",
+        *(_figure(name, drawing, experiment) for name, drawing in drawings.items()),
+        "</section>",
         "<h2>What to keep in mind</h2>",
-        f"<ul>{''.join(f'<li>{caveat}</li>' for caveat in _CAVEATS)}</ul>",
+        f"<ul>{''.join(f'<li>{caveat}</li>' for caveat in _caveats(experiment))}</ul>",
         "<h2>Settings</h2>",
         _settings_table("How it was run", _settings(experiment)),
         "<h2>Policies</h2>",
         *(_policy(arm) for arm in experiment.arms),
+        f"<script>{SCRIPT}</script>" if "accuracy-by-budget" in drawings else "",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(experiment.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
+        f"<title>{escape(experiment.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, sections))
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def _caveats(experiment: Experiment) -> Iterator[str]:
+    if seed_count(experiment) < FEWEST_SEEDS:
+        yield "Few seeds stand behind each figure. The spread says how far runs differ, not how sure their mean is."
+    if seed_count(experiment) > 1 and len(experiment.arms) > 1 and reference_arm(experiment) is not None:
+        yield TIE_RULE
+    yield (
+        "Accuracy is that of the last epoch, never of the best one, and no run was steered by test figures; but the "
+        "demo's default settings were found by trials on the same data."
+    )
+    yield (
+        "Small data sets, such as scikit-learn's digits with their 8×8 pixels, are easy: figures on them say little "
+        "about others."
+    )
+    yield (
+        "The method is Haotian Wang's (<cite>Joint Training Across Multiple Activation Sparsity Regimes</cite>, "
+        "arXiv 2603.03131). The gain of about one point reported there comes from one run an arm. Which of the "
+        "strategies here is which of the paper's two, and how its figures were picked, is not known to us."
+    )
+
+
+def _captions(experiment: Experiment) -> dict[str, str]:
+    """Return what to know about each chart; of what it does not show, nothing is said."""
+    several = seed_count(experiment) > 1
+    spread = " Bars reach one standard deviation over seeds each way; small marks are single seeds." if several else ""
+    moved = [run for arm in experiment.arms for run in experiment.runs_of(arm.name)[:1]]
+    events = {point.event for run in moved for point in run.trace}
+    marks = [
+        each for name, each in (("reset", "triangles mark resets"), ("relax", "circles relaxations")) if name in events
+    ]
+    return {
+        "accuracy-by-budget": "Test accuracy after the last epoch over the keep ratio it was evaluated at; arms stand "
+        f"a little apart so that none hides another.{spread}",
+        "density-by-budget": "What is not zero behind the gates at that keep ratio: a ReLU is sparse by itself, so the "
+        f"density may be well below the keep ratio.{spread}",
+        "keep-ratio-trace": "The keep ratio over training"
+        + "".join(f"; {each}" for each in marks)
+        + ". The grey area is the share of sites at which the gate zeroed something: where there is none, the gate did "
+        "nothing, whatever the keep ratio." + (" Faint lines are the other seeds." if several else ""),
+    }
+
+
+def _slider(experiment: Experiment) -> str:
+    """Return the slider over the budgets that were evaluated, from the smallest up; a script shows it."""
+    told = [{"ratio": ratio, "words": _at(experiment, ratio)} for ratio in reversed(keep_ratios(experiment))]
+    data = json.dumps(told).replace("<", "\\u003c")
+    last = len(told) - 1
+    return (
+        '<div id="budget" hidden><label>Budget'
+        f'<input type="range" min="0" max="{last}" step="1" value="{last}"></label><output></output></div>'
+        f'<script type="application/json" id="budgets">{data}</script>'
+    )
+
+
+def _at(experiment: Experiment, ratio: str) -> str:
+    """Say what is known of each arm at a budget, a line each."""
+    lines = [budget(ratio)]
+    for arm in experiment.arms:
+        figures = accuracy(experiment, arm.name, ratio), density(experiment, arm.name, ratio)
+        said = [f"{what} {percent_spread(each)} %" for what, each in zip(_WHAT, figures, strict=True) if each.values]
+        if said:
+            lines.append(f"{arm.name}: {', '.join(said)}")
+    return "\n".join(lines)
+
+
+_WHAT = ("accuracy", "density")
 
 
 def _sentence(text: str) -> str:
@@ -114,22 +147,25 @@ def policy_yaml(arm: Arm) -> str:
 
 def _accuracy_table(experiment: Experiment) -> str:
     ratios = keep_ratios(experiment)
-    head = ["arm", *(budget(ratio) for ratio in ratios), "gate bound", "cycles"]
+    cycled = any(run.cycles for run in experiment.runs)
+    head = ["arm", *(budget(ratio) for ratio in ratios), "gate bound", *(["cycles"] if cycled else [])]
     rows = []
     for arm in experiment.arms:
         figures = [
             *(percent_spread(accuracy(experiment, arm.name, ratio)) for ratio in ratios),
             percent_spread(bound_share(experiment, arm.name)),
-            cycles(experiment, arm.name),
+            *([cycles(experiment, arm.name)] if cycled else []),
         ]
-        name = f'<th scope="row">{escape(arm.name)}</th>'
-        rows.append(f"<tr>{name}{_cells(figures)}</tr>")
+        # On a narrow screen each figure stands in a line of its own, after its name.
+        cells = [
+            f'<td data-name="{escape(name)}">{escape(text)}</td>' for name, text in zip(head[1:], figures, strict=True)
+        ]
+        rows.append(f'<tr><th scope="row">{escape(arm.name)}</th>{"".join(cells)}</tr>')
     caption = f"{accuracy_caption(experiment)}. Gate bound: share of updates, in %, in which it zeroed something."
-    headings = "".join(f"<th scope='col'>{escape(text)}</th>" for text in head)
+    headings = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Accuracy table">'
-        f'<table class="figures"><caption><span>{escape(caption)}</span></caption>'
-        f"<thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<table class="figures"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{headings}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
 
@@ -138,48 +174,9 @@ def _arms(experiment: Experiment) -> str:
     return f'<ul class="arms soft">{items}</ul>'
 
 
-def _cells(texts: Iterable[str]) -> str:
-    return "".join(f"<td>{escape(text)}</td>" for text in texts)
-
-
-def _figure(name: str, picture: bytes, experiment: Experiment) -> str:
-    heading, caption = _PICTURES[name]
-    source = base64.b64encode(picture).decode("ascii")
-    alt = escape(_ALTERNATIVES[name](experiment))
-    return (
-        f"<h2>{heading}</h2>\n<figure>"
-        f'<img src="data:image/png;base64,{source}" alt="{alt}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _accuracy_in_words(experiment: Experiment) -> str:
-    return f"Line chart, figures as in the table above. {conclusion(experiment)}"
-
-
-def _trace_in_words(experiment: Experiment) -> str:
-    told = []
-    for arm in experiment.arms:
-        for run in [run for run in experiment.runs_of(arm.name) if run.trace][:1]:
-            events = [point.event for point in run.trace]
-            lowest = min(point.keep_ratio for point in run.trace)
-            told.append(
-                f"{arm.name}, seed {run.seed}: {events.count('reset')} resets, {events.count('relax')} relaxations, "
-                f"lowest keep ratio {lowest:.2g}"
-            )
-    return f"Keep ratio over optimizer updates, a panel an arm. {'; '.join(told)}."
-
-
-def _bound_in_words(experiment: Experiment) -> str:
-    told = [f"{arm.name} {percent_spread(bound_share(experiment, arm.name))} %" for arm in experiment.arms]
-    return f"Bar chart of the share of updates in which the gate bound: {', '.join(told)}."
-
-
-_ALTERNATIVES = {
-    "accuracy-by-budget.png": _accuracy_in_words,
-    "keep-ratio-trace.png": _trace_in_words,
-    "time-bound.png": _bound_in_words,
-}
+def _figure(name: str, drawing: str, experiment: Experiment) -> str:
+    caption = _captions(experiment)[name]
+    return f"<h2>{_HEADINGS[name]}</h2>\n<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -201,7 +198,7 @@ def _settings_table(caption: str, settings: Mapping[str, Any]) -> str:
         f'<tr><th scope="row">{escape(str(name).replace("_", " "))}</th><td>{escape(_text(value))}</td></tr>'
         for name, value in settings.items()
     )
-    return f'<table class="settings"><caption><span>{escape(caption)}</span></caption><tbody>{rows}</tbody></table>'
+    return f'<table class="settings"><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table>'
 
 
 def _text(value: Any) -> str:

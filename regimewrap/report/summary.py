@@ -56,6 +56,11 @@ def accuracy(experiment: Experiment, arm: str, keep_ratio: str) -> Spread:
     return spread([run.accuracy[keep_ratio] for run in experiment.runs_of(arm) if keep_ratio in run.accuracy])
 
 
+def density(experiment: Experiment, arm: str, keep_ratio: str) -> Spread:
+    """Return the share of units, 0..1, that were not zero when an arm's runs were evaluated at a keep ratio."""
+    return spread([run.density[keep_ratio] for run in experiment.runs_of(arm) if keep_ratio in run.density])
+
+
 def bound_share(experiment: Experiment, arm: str) -> Spread:
     """Return the share of updates, 0..1, in which the gate zeroed something."""
     return spread([run.bound_share for run in experiment.runs_of(arm)])

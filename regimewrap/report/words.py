@@ -20,6 +20,25 @@ if TYPE_CHECKING:
     from regimewrap.report.results import Arm, Experiment
 
 
+def opening(experiment: Experiment) -> str:
+    """Return what was done, for a reader who knows none of the words yet."""
+    arms = [arm.name for arm in experiment.arms if experiment.runs_of(arm.name)]
+    ratios = keep_ratios(experiment)
+    if not arms or not ratios:
+        return "Networks were to be trained and tested at several budgets."
+    trained = (
+        f"{_count(len(arms), 'way')} of training a network ({_join(arms)}), tested at {_count(len(ratios), 'budget')}."
+    )
+    trained = trained[:1].upper() + trained[1:]
+    small = min(map(float, ratios))
+    example = (
+        "" if small == 1 else f" at keep ratio {small:g} the largest {100 * small:g} % stay and the rest are zero."
+    )
+    return (
+        f"{trained} A budget is the share of its units that each gated layer may keep{':' if example else '.'}{example}"
+    )
+
+
 def conclusion(experiment: Experiment) -> str:
     """Return one plain sentence about what the figures show, at the largest and the smallest keep ratio evaluated.
 
@@ -71,6 +90,11 @@ def _compared(experiment: Experiment, arms: list[Arm], reference: Arm, ratio: st
 
 def _list_figures(experiment: Experiment, arms: list[Arm], ratio: str) -> str:
     return _join([f"{arm.name} {_mean(accuracy(experiment, arm.name, ratio))}" for arm in arms])
+
+
+def _count(number: int, what: str) -> str:
+    words = ("no", "one", "two", "three", "four", "five", "six")
+    return f"{words[number] if number < len(words) else number} {what}{'s' * (number != 1)}"
 
 
 def _mean(figures: Spread) -> str:

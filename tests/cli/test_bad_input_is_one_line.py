@@ -94,12 +94,6 @@ def test_a_missing_option_is_named(fails):
     assert "'--model'" in fails("train", "pictures")
 
 
-def test_matplotlib_is_asked_for_before_training(fails, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
-
-    assert "pip install -e '.[cli]'" in fails("demo")
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [

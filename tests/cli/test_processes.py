@@ -149,7 +149,7 @@ def test_the_demo_visits_all_budgets_and_shows_a_gain_at_small_ones(start, tmp_p
         "report.html",
         "results.json",
         "policy.yaml",
-        "keep-ratio-trace.png",
+        "keep-ratio-trace.svg",
     }
     experiment = Experiment.model_validate_json((out / "results.json").read_text())
     dense, mixed = (experiment.runs_of(arm)[0] for arm in ("dense", "mixed"))
