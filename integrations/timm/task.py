@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.task import ClassificationTask
 
-from regimewrap import RegimeCycler, gate_of, wrap
-from regimewrap.errors import NotWrappedError, PolicyError
+from regimewrap import RegimeCycler, is_wrapped, wrap
+from regimewrap.errors import PolicyError
 
 from .open_loop import release
 
@@ -123,15 +123,6 @@ class RegimeTask(ClassificationTask):
         except BaseException:
             self.cycler.load_state_dict(before)
             raise
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Return whether there is a gate in a model."""
-    try:
-        gate_of(model)
-    except NotWrappedError:
-        return False
-    return True
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
