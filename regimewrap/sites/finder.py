@@ -261,27 +261,25 @@ def _elsewhere(
 ) -> Iterator[Activation]:
     """Find activations that run and that no mechanism reaches: in code of other objects, or scripted."""
     counts: Counter[str] = Counter()
-    for code, places in seen.items():
-        for span, callees in places.items():
-            for callee in callees:
-                kinds = [
-                    (catalog.kind_of_callee(callee), f"it is called in {code.co_qualname}, which is not rewritten")
-                ]
-                if id(callee) in registered:
-                    continue
-                label: str
-                if isinstance(callee, torch.jit.ScriptFunction):
-                    label, inside = str(callee.name), _in_script_graph(callee.inlined_graph)
-                    kinds = [(kind, "it is scripted; wrap before torch.jit.script") for _, kind in inside]
-                else:
-                    label = getattr(callee, "__name__", "") if isinstance(callee, type | types.FunctionType) else ""
-                for kind, problem in kinds[:1]:
-                    if kind is None or (code, span) in listed:
-                        continue
-                    name = f"{prefix}{code.co_name}.{label or kind}"
-                    counts[name] += 1
-                    suffix = f"_{counts[name]}" if counts[name] > 1 else ""
-                    yield Activation(f"{name}{suffix}", label or kind, kind, path, problem=problem)
+    found = [
+        (code, callee)
+        for code, places in seen.items()
+        for span, callees in places.items()
+        for callee in callees
+        if (code, span) not in listed and id(callee) not in registered
+    ]
+    for code, callee in found:
+        kind, problem = catalog.kind_of_callee(callee), f"it is called in {code.co_qualname}, which is not rewritten"
+        label = getattr(callee, "__name__", "") if isinstance(callee, type | types.FunctionType) else ""
+        if isinstance(callee, torch.jit.ScriptFunction):
+            label, problem = str(callee.name), "it is scripted; wrap before torch.jit.script"
+            kind = next((kind for _, kind in _in_script_graph(callee.inlined_graph)), None)
+        if kind is None:
+            continue
+        name = f"{prefix}{code.co_name}.{label or kind}"
+        counts[name] += 1
+        suffix = f"_{counts[name]}" if counts[name] > 1 else ""
+        yield Activation(f"{name}{suffix}", label or kind, kind, path, problem=problem)
 
 
 def _problem(method: str, function: types.FunctionType | types.MethodType, call: Call) -> str | None:

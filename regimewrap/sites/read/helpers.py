@@ -38,10 +38,12 @@ def find_helpers(
         arguments: what a plain function is certainly called with.
     """
     function = body_of(function)
-    scope = Scope(function, module, arguments)
     calls: dict[types.FunctionType, list[ast.Call]] = {}
     for helper, nodes in (*helper_nodes(function), *_held_helper_nodes(function, module)):
         calls.setdefault(helper, []).extend(nodes)
+    if not calls:
+        return []
+    scope = Scope(function, module, arguments)
     return [
         Helper(helper, tuple(map(span_of, nodes)), _same_arguments(helper, nodes, scope))
         for helper, nodes in calls.items()
@@ -55,9 +57,10 @@ def _held_helper_nodes(
     if module is None:
         return []
     cls: Any = type(module)  # mypy takes nn.Module's __hash__ for that of the class
-    code, static = code_of(function), _static_methods(cls)
-    named: dict[str, Any] = {name: module.__dict__.get(name, static.get(name)) for name in names_in(code)}
-    held = {name: value for name, value in named.items() if _is_helper(value, _DEPTH - 1)}
+    code, static, own = code_of(function), _static_methods(cls), module.__dict__
+    named = names_in(code) & own.keys() | names_in(code) & static.keys()
+    held: dict[str, Any] = {name: own.get(name, static.get(name)) for name in named}
+    held = {name: value for name, value in held.items() if _is_helper(value, _DEPTH - 1)}
     nodes: dict[str, list[ast.Call]] = {}
     for node, _ in call_nodes(function) if held else ():
         base = node.func.value if isinstance(node.func, ast.Attribute) else None
