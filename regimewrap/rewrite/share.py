@@ -11,7 +11,7 @@ import functools
 import gc
 import sys
 import types
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 from torch import nn
@@ -61,8 +61,8 @@ def _explained(model: nn.Module) -> tuple[set[int], Counter[int]]:
     ahead: list[object] = [each for module in model.modules() for each in (module, module.__dict__)]
     while ahead:
         holder = ahead.pop()
-        if id(holder) in own or (isinstance(holder, tuple | frozenset) and not holder):
-            continue  # all of Python shares one empty tuple
+        if id(holder) in own:
+            continue
         own.add(id(holder))
         if isinstance(holder, nn.Module):
             continue  # its dictionary is ahead
@@ -73,8 +73,13 @@ def _explained(model: nn.Module) -> tuple[set[int], Counter[int]]:
         else:
             values = gc.get_referents(holder)
         explained.update(map(id, values))
-        ahead += [each for each in values if isinstance(each, _CONTAINERS) and id(each) not in own]
+        # Most are empty; and all of Python shares one empty tuple.
+        full = [each for each in values if type(each) not in _BUILT_IN or each]
+        ahead += [each for each in full if isinstance(each, _CONTAINERS) and id(each) not in own]
     return own, explained
+
+
+_BUILT_IN = frozenset((dict, OrderedDict, list, tuple, set, frozenset))
 
 
 #: What a model may keep its parts in: containers, and methods or functions around its own methods.
