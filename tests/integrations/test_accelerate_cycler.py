@@ -11,7 +11,7 @@ import torch
 from tiny import POLICY, digest, loss_of, sgd, trace, wrapped
 from torch import nn
 
-from regimewrap import RegimeCycler, RegimePolicy, gate_of
+from regimewrap import RegimeCycler, RegimePolicy, gate_of, unwrap, verify, wrap
 from regimewrap.errors import NotWrappedError, SignalError, StateError
 
 pytest.importorskip("accelerate")
@@ -180,3 +180,29 @@ def test_a_damaged_state_is_refused_before_anything_is_loaded(damage: Any, messa
 def test_a_model_that_is_not_wrapped_is_refused():
     with pytest.raises(NotWrappedError, match="Linear is not wrapped"):
         AccelerateCycler(Accelerator(cpu=True), nn.Linear(1, 1))
+
+
+class CallsGelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.gelu(self.a(x)))
+
+
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_a_model_prepared_for_bf16_is_gated_and_comes_back(wrap_first: bool) -> None:
+    """``prepare`` binds the forward that it finds, before ``wrap`` or after it."""
+    model, x = CallsGelu(), torch.randn(4, 8)
+    if wrap_first:
+        wrap(model)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    if not wrap_first:
+        wrap(prepared)
+    dense = prepared(x)
+    gate_of(prepared).set_keep_ratio(0.1)
+    assert not torch.equal(prepared(x), dense)
+    assert verify(prepared, x).escaped == ()
+    unwrap(prepared)
+    assert torch.equal(prepared(x), dense)
