@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 
@@ -22,6 +23,12 @@ def main() -> int:
         return 130
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see regimewrap._command
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(
+        raw, io.RawIOBase
+    ):  # under PYTHONUNBUFFERED Python drops what a full disk did not take, and says nothing
+        buffer, told = io.BufferedWriter(raw), sys.stdout
+        sys.stdout = io.TextIOWrapper(buffer, told.encoding, told.errors, line_buffering=True)
     return run(sys.argv[1:])
 
 

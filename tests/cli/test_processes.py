@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -82,6 +84,24 @@ def test_output_that_cannot_be_written_is_one_line():
 
     assert result.returncode == 2
     assert result.stderr == "Error: standard output cannot be used: No space left on device.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_takes_a_part_of_the_output_is_one_line(tmp_path, unbuffered):
+    with (tmp_path / "schema.json").open("w") as file:
+        result = subprocess.run(
+            [*COMMAND, "policy", "schema"],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+        )
+
+    assert result.returncode == 2
+    assert result.stderr == "Error: standard output cannot be used: File too large.\n"
 
 
 @pytest.mark.parametrize(("program", "is_quiet"), [("/usr/bin/regimewrap", True), ("/srv/train.py", False)])
