@@ -96,6 +96,24 @@ def recomputing_function() -> int | None:
     return number
 
 
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return a module's forward hooks by their numbers."""
+    return module._forward_hooks
+
+
+def remove_forward_hook(module: nn.Module, number: int) -> None:
+    """Take a forward hook off a module, of which the handle is not at hand."""
+    for hooks in (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+        hooks.pop(number, None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether a module has a hook of any kind."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_compiled_module(model: object) -> bool:
     """Say whether ``model`` is what ``torch.compile(module)`` returns; does not load the compiler."""
     return "torch._dynamo" in sys.modules and isinstance(model, torch._dynamo.OptimizedModule)

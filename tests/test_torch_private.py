@@ -19,7 +19,7 @@ PACKAGE = Path(regimewrap.__file__).parent
 #: Attributes of modules and of autograd that torch documents by name although they begin with an underscore.
 PRIVATE = re.compile(
     r"\b(torch|nn|fx|F)\.([a-z_.]+\.)?_[a-zA-Z]|from torch[a-z_.]*\._|from torch\.utils import _"
-    r"|\._(version|orig_mod|compiled_call_impl)\b"
+    r"|\._(version|orig_mod|compiled_call_impl)\b|\b_(forward|backward)_(pre_)?hooks"
 )
 
 
@@ -86,6 +86,20 @@ def test_what_grads_are_batched_over_is_noticed():
 def test_saved_tensor_hooks_are_noticed():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         assert torch_private.has_saved_tensor_hooks()
+
+
+def test_hooks_are_found_and_one_without_its_handle_comes_off():
+    layer = nn.ReLU()
+    assert not torch_private.has_hooks(layer)
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        handle = getattr(layer, f"register_{kind}_hook")(lambda *_: None)
+        assert torch_private.has_hooks(layer)
+        handle.remove()
+    handle = layer.register_forward_hook(print, with_kwargs=True, always_call=True)
+    assert torch_private.forward_hooks(layer) == {handle.id: print}
+    torch_private.remove_forward_hook(layer, handle.id)
+    assert not torch_private.has_hooks(layer)
+    layer(torch.ones(1))
 
 
 def test_operators_are_known_with_one_signature_and_with_all():

@@ -9,6 +9,7 @@ from torch import nn
 
 from regimewrap.errors import NotWrappedError, WrapError
 from regimewrap.gate.site import GATE_ATTRIBUTE, SITES_ATTRIBUTE, SiteGate
+from regimewrap.torch_private import forward_hooks
 
 if TYPE_CHECKING:
     from regimewrap.gate.gate import TopKGate
@@ -36,7 +37,7 @@ def _gates_on(module: nn.Module) -> Iterator[TopKGate]:
         yield module.__dict__[GATE_ATTRIBUTE]
     # Copies of graph modules lose plain attributes, and a part of a model never had one.
     sites = module.__dict__.get(SITES_ATTRIBUTE, ())
-    for holder in (*module._forward_hooks.values(), *(sites.values() if isinstance(sites, dict) else sites)):
+    for holder in (*forward_hooks(module).values(), *(sites.values() if isinstance(sites, dict) else sites)):
         site_gate = holder if isinstance(holder, SiteGate) else getattr(holder, "gate", None)
         if isinstance(site_gate, SiteGate):
             yield site_gate.gate

@@ -19,6 +19,7 @@ from regimewrap.gate.gate import SITES_ATTRIBUTE, SiteGate
 from regimewrap.rewrite import shown
 from regimewrap.rewrite.exchange import Copies, Part, put_in_place
 from regimewrap.rewrite.source import NotRewritableError
+from regimewrap.torch_private import forward_hooks, has_hooks, remove_forward_hook
 
 #: The child of a traced module that calls gates; a module that is being traced lends it one under this name.
 GATE_CHILD = "_regimewrap_gate"
@@ -26,7 +27,6 @@ GATE_CHILD = "_regimewrap_gate"
 SCRIPTING = "__prepare_scriptable__"
 
 _F_RELU, _TORCH_RELU = F.relu, torch.relu
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Sites:
@@ -124,7 +124,7 @@ class ModuleGate(SiteGate):
         sites = getattr(module, SITES_ATTRIBUTE, None)
         if sites is None or "forward" in module.__dict__ or getattr(type(module), "forward", None) is not sites.forward:
             return False
-        return any(type(hook) is GateHook and hook.gate is self for hook in module._forward_hooks.values())
+        return any(type(hook) is GateHook and hook.gate is self for hook in forward_hooks(module).values())
 
 
 class GateHook:
@@ -169,11 +169,8 @@ def attach_sites(module: nn.Module, sites: Sites) -> None:
 
 def detach(module: nn.Module) -> None:
     """Remove what ``attach_hook`` and ``attach_sites`` put on ``module``, also if it is a copy or came from a file."""
-    hooks = module._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, GateHook)]:
-        del hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)
-        module._forward_hooks_always_called.pop(key, None)
+    for number in [number for number, hook in forward_hooks(module).items() if isinstance(hook, GateHook)]:
+        remove_forward_hook(module, number)
     for name in (SITES_ATTRIBUTE, GATE_CHILD, SCRIPTING):
         module.__dict__.pop(name, None)
     shown.hide(module)
@@ -194,7 +191,7 @@ def is_relu(function: object) -> bool:
         return True
     if type(function) is not nn.ReLU or function.inplace or "forward" in function.__dict__:
         return False
-    return not any(getattr(function, hooks) for hooks in _HOOKS)
+    return not has_hooks(function)
 
 
 def gated(module: nn.Module, gate: SiteGate, value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from regimewrap.gate.gate import GATE_ATTRIBUTE, SITES_ATTRIBUTE, Site, SiteGate, TopKGate
+from regimewrap.torch_private import forward_hooks
 
 #: What ``repr`` of a module calls.
 SHOWN = "extra_repr"
@@ -70,7 +71,7 @@ def _lines(module: nn.Module) -> Iterator[str]:
     gate = module.__dict__.get(GATE_ATTRIBUTE)
     if gate is not None:
         yield _whole(gate)
-    held = (getattr(hook, "gate", None) for hook in module._forward_hooks.values())
+    held = (getattr(hook, "gate", None) for hook in forward_hooks(module).values())
     hooked = [gate for gate in held if isinstance(gate, SiteGate)]
     yield from (f"gated{_multiplier(each.site)}" for each in hooked)
     sites = module.__dict__.get(SITES_ATTRIBUTE)
