@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -41,6 +43,22 @@ def test_the_script_runs_and_every_chart_draws(three_arms, tmp_path):
     assert sum("data-x" in drawing.attrib for drawing in drawings) == 2
     assert re.search(r"<output>full budget\ndense: accuracy 93\.0 ± 0\.4 %", dom)
     assert '<div id="budget">' in dom
+
+
+def test_the_slider_moves_every_cursor_and_says_the_figures_there(three_arms, tmp_path):
+    write_report(three_arms, tmp_path)
+    page = tmp_path / "report.html"
+    moved = "<script>slider.value = 0; slider.dispatchEvent(new Event('input'));</script>"
+    page.write_text(page.read_text().replace("</body>", f"{moved}</body>"))
+
+    dom, console = opened(page, tmp_path / "home")
+
+    assert console == []
+    assert re.search(r"<output>keep ratio 0\.1\ndense: accuracy 88\.0 ± 0\.4 %, density 4\.0", dom)
+    places = [json.loads(html.unescape(each))["0.1"] for each in re.findall(r'data-x="(.*?)"', dom)]
+    moved_to = [float(each) for each in re.findall(r'class="cursor".*?transform="translate\((.*?) 0\)"', dom)]
+    assert len(places) == 2
+    assert places == moved_to
 
 
 def test_an_error_on_the_console_would_be_seen(three_arms, tmp_path):
