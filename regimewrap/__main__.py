@@ -1,4 +1,4 @@
-"""``python -m regimewrap`` and the ``regimewrap`` script: the command line, or word of what it needs."""
+"""``python -m regimewrap`` and the ``regimewrap`` script: the command line, or a line that says what it needs."""
 
 from __future__ import annotations
 

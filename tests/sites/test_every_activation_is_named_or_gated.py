@@ -306,6 +306,14 @@ except regimewrap.errors.UnreachableSiteError as error:
     assert "edited" in done.stdout
 
 
+def test_code_that_was_compiled_without_places_is_read_too(tmp_path):
+    (tmp_path / "plain.py").write_text(SOURCE)
+    code = "import plain, regimewrap; print(regimewrap.plan(plain.Net()))"
+    command = [sys.executable, "-B", "-X", "no_debug_ranges", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "1 of 1 activations gated" in done.stdout
+
+
 def test_one_object_in_several_places_is_judged_by_all_of_them():
     class Block(nn.Module):
         def __init__(self, act):

@@ -73,9 +73,9 @@ def parse(function: types.FunctionType) -> ast.FunctionDef | None:
     lines = linecache.getlines(code.co_filename, function.__globals__)[code.co_firstlineno - 1 :]
     if not lines:
         return None
-    # What runs ends with its last instruction; to look for the end of the block takes longer than all the rest.
-    end = max((last for _, _, last, _ in places), default=0) - code.co_firstlineno + 1
-    tree = _only_function(lines[:end]) or _only_function(inspect.getblock(lines))
+    # The code ends with its last instruction; a search for the end of the block takes longer than all the rest.
+    length = max((last - code.co_firstlineno + 1 for _, _, last, _ in places), default=0)
+    tree = _only_function(lines[:length]) or _only_function(inspect.getblock(lines))
     return tree if tree is not None and _is_source_of(tree, code, places) else None
 
 
