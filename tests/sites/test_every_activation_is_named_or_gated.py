@@ -311,7 +311,7 @@ def test_code_that_was_compiled_without_places_is_read_too(tmp_path):
     code = "import plain, regimewrap; print(regimewrap.plan(plain.Net()))"
     command = [sys.executable, "-B", "-X", "no_debug_ranges", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "1 of 1 activations gated" in done.stdout
+    assert "2 of 2 activations gated" in done.stdout
 
 
 def test_one_object_in_several_places_is_judged_by_all_of_them():
