@@ -41,6 +41,10 @@ def test_the_head_says_what_is_in_force_and_each_place_that_it_is_gated():
     assert str(model).count("gated") == 2
 
 
+def test_a_relu_whose_forward_is_one_with_its_gate_is_gated_once():
+    assert "(1): ReLU(gated)" in str(wrap(nn.Sequential(nn.Linear(4, 8), nn.ReLU())))
+
+
 def test_the_head_follows_the_budget_that_is_forced():
     model = wrap(network())
     with at_keep_ratio(model, 0.1):
@@ -56,7 +60,9 @@ def test_multipliers_of_single_sites_are_shown():
 
 def test_unwrapped_models_print_what_they_printed():
     before = str(network())
-    assert str(unwrap(wrap(network()))) == before
+    model = unwrap(wrap(network()))
+    assert str(model) == before
+    assert not any("extra_repr" in module.__dict__ for module in model.modules())
 
 
 def test_blocks_that_are_alike_are_still_printed_once():
