@@ -148,7 +148,8 @@ def bench_command(
         torch.set_num_threads(threads)
     built = with_memory(load_model(model))
     for each in batches:
-        typer.echo(f"{bench(built, torch.randn(each, *sizes), keep_ratio, rounds=rounds)}\n")
+        timed = bench(built, torch.randn(each, *sizes), keep_ratio, rounds=rounds)
+        typer.echo(f"{timed.text(terminal_width())}\n")
     return 0
 
 

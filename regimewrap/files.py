@@ -148,7 +148,11 @@ class Tabled:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return str(self._table())
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """Return what is printed; where that is wider than ``width`` columns, a row is a block of lines."""
+        return self._table().text(width)
 
     def _repr_html_(self) -> str:
         return self._table().html()
