@@ -6,7 +6,16 @@ import json
 from html import escape
 from typing import TYPE_CHECKING
 
-from regimewrap.report.summary import accuracy, bound_share, density, keep_ratios, percent_spread, reference_arm
+from regimewrap.report.summary import (
+    accuracy,
+    bound_share,
+    density,
+    keep_ratios,
+    milliseconds,
+    percent_spread,
+    reference_arm,
+    written,
+)
 from regimewrap.report.svg import LEFT, RIGHT, Scale, axes, drawing, legend, mark, path, text, ticks
 from regimewrap.report.words import conclusion
 
@@ -15,6 +24,9 @@ if TYPE_CHECKING:
 
     from regimewrap.report.results import Arm, Experiment, Run
     from regimewrap.report.summary import Spread
+
+    #: A figure of an arm at a keep ratio.
+    Figure = Callable[[Experiment, str, str], Spread]
 
 _APART = 5.0  # arms that tie would hide each other: each stands a little beside the true ratio
 
@@ -27,30 +39,33 @@ def charts(experiment: Experiment) -> dict[str, str]:
 
 def _accuracy_by_budget(experiment: Experiment) -> str | None:
     told = f"Test accuracy over the keep ratio. {conclusion(experiment)}"
-    return _by_budget(experiment, accuracy, "test accuracy, %", told)
+    return _by_budget(experiment, accuracy, "test accuracy, %", 100.0, told)
 
 
 def _density_by_budget(experiment: Experiment) -> str | None:
-    figures = [
-        f"{arm.name} {percent_spread(density(experiment, arm.name, ratio))} % at {float(ratio):g}"
+    told = f"Density over the keep ratio, in %: {_in_words(experiment, density, 100.0, 1)}."
+    return _by_budget(experiment, density, "density: units that are not zero, %", 100.0, told)
+
+
+def _milliseconds_by_budget(experiment: Experiment) -> str | None:
+    told = f"Milliseconds over the keep ratio: {_in_words(experiment, milliseconds, 1.0, 2)}."
+    return _by_budget(experiment, milliseconds, "milliseconds for one sample, served", 1.0, told)
+
+
+def _in_words(experiment: Experiment, of: Figure, times: float, digits: int) -> str:
+    return "; ".join(
+        f"{arm.name} {written(of(experiment, arm.name, ratio), times, digits)} at {float(ratio):g}"
         for arm in experiment.arms
         for ratio in keep_ratios(experiment)
-    ]
-    told = f"Density over the keep ratio: {'; '.join(figures)}."
-    return _by_budget(experiment, density, "density: units that are not zero, %", told)
+    )
 
 
-def _by_budget(
-    experiment: Experiment,
-    of: Callable[[Experiment, str, str], Spread],
-    label: str,
-    told: str,
-) -> str | None:
+def _by_budget(experiment: Experiment, of: Figure, label: str, times: float, told: str) -> str | None:
     """Draw a figure over the keep ratio, a curve an arm; ``None`` without any."""
     arms = [arm for arm in experiment.arms if experiment.runs_of(arm.name)]
     ratios = keep_ratios(experiment)
     found = {(arm.name, ratio): of(experiment, arm.name, ratio) for arm in arms for ratio in ratios}
-    every = [100 * value for each in found.values() for value in each.values]
+    every = [times * value for each in found.values() for value in each.values]
     if not every:
         return None
     names, top = legend([(_place(experiment, arm), arm.name) for arm in arms])
@@ -64,21 +79,21 @@ def _by_budget(
     for index, arm in enumerate(arms):
         aside = _APART * (index - (len(arms) - 1) / 2)
         curve = [(x(float(r)) + aside, found[arm.name, r]) for r in ratios if found[arm.name, r].values]
-        parts.append(_curve(curve, _place(experiment, arm), y))
+        parts.append(_curve(curve, _place(experiment, arm), y, times))
     parts.append(f'<path class="cursor" visibility="hidden" d="M0 {top + 16}V{top + 200}"/>')
     places = escape(json.dumps({ratio: x(float(ratio)) for ratio in ratios}))
     return drawing("".join(parts), top + 242, told, f' data-x="{places}"')
 
 
-def _curve(points: list[tuple[float, Spread]], arm: int, y: Scale) -> str:
+def _curve(points: list[tuple[float, Spread]], arm: int, y: Scale, times: float) -> str:
     """Draw means, their standard deviation and single seeds, as far as there are several."""
-    means = [(x, y(100 * (each.mean or 0.0))) for x, each in points]
+    means = [(x, y(times * (each.mean or 0.0))) for x, each in points]
     parts = [path(means, f"curve arm{arm}")]
     for x, each in points:
         if each.deviation is not None and each.mean is not None:
-            low, high = (y(100 * (each.mean + sign * each.deviation)) for sign in (-1, 1))
+            low, high = (y(times * (each.mean + sign * each.deviation)) for sign in (-1, 1))
             parts.append(f'<path class="bar arm{arm}" d="M{x} {low}V{high}"/>')
-            parts += [mark(x, y(100 * value), arm, "mark faint", 0.5) for value in each.values]
+            parts += [mark(x, y(times * value), arm, "mark faint", 0.5) for value in each.values]
     return "".join([*parts, *(mark(x, at, arm) for x, at in means)])
 
 
@@ -151,6 +166,7 @@ def _place(experiment: Experiment, arm: Arm) -> int:
 _DRAW: dict[str, Callable[[Experiment], str | None]] = {
     "accuracy-by-budget": _accuracy_by_budget,
     "density-by-budget": _density_by_budget,
+    "milliseconds-by-budget": _milliseconds_by_budget,
     "keep-ratio-trace": _keep_ratio_trace,
 }
 #: The names of all charts.

@@ -16,9 +16,11 @@ from regimewrap.report.summary import (
     budget,
     density,
     keep_ratios,
+    milliseconds,
     percent_spread,
     reference_arm,
     seed_count,
+    written,
 )
 from regimewrap.report.tables import accuracy_caption, cycles
 from regimewrap.report.words import conclusion, opening
@@ -34,6 +36,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 _HEADINGS = {
     "accuracy-by-budget": "Accuracy by budget",
     "density-by-budget": "Density by budget",
+    "milliseconds-by-budget": "Milliseconds by budget",
     "keep-ratio-trace": "How the budget moved",
 }
 
@@ -103,6 +106,9 @@ def _captions(experiment: Experiment) -> dict[str, str]:
         f"a little apart so that none hides another.{spread}",
         "density-by-budget": "What is not zero behind the gates at that keep ratio: a ReLU is sparse by itself, so the "
         f"density may be well below the keep ratio.{spread}",
+        "milliseconds-by-budget": "A forward pass of one sample, on one thread of this machine while others trained: "
+        "the least of some calls, with the network served at that budget. Layers skip zeros where that is faster here; "
+        f"choosing the units takes time too, more than the zeros save where a network is small.{spread}",
         "keep-ratio-trace": "The keep ratio over training"
         + "".join(f"; {each}" for each in marks)
         + ". The grey area is the share of sites at which the gate zeroed something: where there is none, the gate did "
@@ -126,14 +132,16 @@ def _at(experiment: Experiment, ratio: str) -> str:
     """Say what is known of each arm at a budget, a line each."""
     lines = [budget(ratio)]
     for arm in experiment.arms:
-        figures = accuracy(experiment, arm.name, ratio), density(experiment, arm.name, ratio)
-        said = [f"{what} {percent_spread(each)} %" for what, each in zip(_WHAT, figures, strict=True) if each.values]
+        found = [(pattern, times, of(experiment, arm.name, ratio)) for pattern, times, of in _FIGURES]
+        said = [
+            pattern.format(written(each, times, 1 if times > 1 else 2)) for pattern, times, each in found if each.values
+        ]
         if said:
             lines.append(f"{arm.name}: {', '.join(said)}")
     return "\n".join(lines)
 
 
-_WHAT = ("accuracy", "density")
+_FIGURES = (("accuracy {} %", 100.0, accuracy), ("density {} %", 100.0, density), ("{} ms", 1.0, milliseconds))
 
 
 def _sentence(text: str) -> str:

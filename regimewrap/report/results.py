@@ -36,7 +36,8 @@ class Run(_Record):
     """One training run: one arm, one seed.
 
     ``accuracy`` maps a keep ratio, written as text (``"1.0"``), to test accuracy in 0..1 after the last epoch.
-    ``density`` maps the same keep ratios to the share of units, over all gated sites, that were not zero meanwhile.
+    ``density`` maps the same keep ratios to the share of units, over all gated sites, that were not zero meanwhile,
+    ``milliseconds`` to the time of a forward pass of one sample when the network is served, where that was measured.
     ``bound_share`` is the share of updates, among those looked at, in which the gate bound at one site or more.
     """
 
@@ -44,6 +45,7 @@ class Run(_Record):
     seed: int
     accuracy: dict[str, float]
     density: dict[str, float] = {}
+    milliseconds: dict[str, float] = {}
     trace: list[TracePoint]
     cycles: int
     bound_share: float

@@ -61,6 +61,11 @@ def density(experiment: Experiment, arm: str, keep_ratio: str) -> Spread:
     return spread([run.density[keep_ratio] for run in experiment.runs_of(arm) if keep_ratio in run.density])
 
 
+def milliseconds(experiment: Experiment, arm: str, keep_ratio: str) -> Spread:
+    """Return the milliseconds in which an arm's runs, served at a keep ratio, took one sample."""
+    return spread([run.milliseconds[keep_ratio] for run in experiment.runs_of(arm) if keep_ratio in run.milliseconds])
+
+
 def bound_share(experiment: Experiment, arm: str) -> Spread:
     """Return the share of updates, 0..1, in which the gate zeroed something."""
     return spread([run.bound_share for run in experiment.runs_of(arm)])
@@ -105,12 +110,16 @@ def percent(value: float | None) -> str:
 
 def percent_spread(figures: Spread) -> str:
     """Write mean and standard deviation in percent, and how many runs gave no number."""
+    return written(figures, 100.0, 1)
+
+
+def written(figures: Spread, times: float, digits: int) -> str:
+    """Write mean and standard deviation, ``times`` as large as they are, and how many runs gave no number."""
+    lost = f" ({figures.lost} without a number)" if figures.lost else ""
     if figures.mean is None:
-        return f"– ({figures.lost} without a number)" if figures.lost else "–"
-    text = f"{100 * figures.mean:.1f}"
-    if figures.deviation is not None:
-        text += f" ± {100 * figures.deviation:.1f}"
-    return text + (f" ({figures.lost} without a number)" if figures.lost else "")
+        return f"–{lost}"
+    around = "" if figures.deviation is None else f" ± {times * figures.deviation:.{digits}f}"
+    return f"{times * figures.mean:.{digits}f}{around}{lost}"
 
 
 def budget(keep_ratio: str) -> str:

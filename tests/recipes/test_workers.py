@@ -22,11 +22,13 @@ JOBS = [Job("reset", RegimePolicy.preset("loss-reset", total_steps=8), seed) for
 
 
 def timeless(run: Run) -> Run:
-    return run.model_copy(update={"train_seconds": 0.0})
+    return run.model_copy(update={"train_seconds": 0.0, "milliseconds": {}})
 
 
 def test_runs_made_at_once_equal_runs_made_here_one_by_one():
-    found = {job.seed: timeless(run) for job, run in train_jobs(JOBS, WORK, 2)}
+    runs = dict(train_jobs(JOBS, WORK, 2))
+    assert all(run.milliseconds["1.0"] > 0 for run in runs.values())
+    found = {job.seed: timeless(run) for job, run in runs.items()}
 
     data = load_data("digits", limit=40)
     threads = torch.get_num_threads()

@@ -54,6 +54,7 @@ def make_experiment() -> MakeExperiment:
                     seed=seed,
                     accuracy=accuracy,
                     density={ratio: 0.4 * float(ratio) for ratio in accuracy} if trace else {},
+                    milliseconds={ratio: 0.5 + float(ratio) for ratio in accuracy} if trace else {},
                     trace=_trace(arm) if trace else [],
                     cycles=0 if arm == "dense" else 2 + seed,
                     bound_share=0.0 if arm == "dense" else 0.6,

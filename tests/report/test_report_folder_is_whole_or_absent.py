@@ -17,6 +17,7 @@ FILES = {
     "policy.yaml",
     "accuracy-by-budget.svg",
     "density-by-budget.svg",
+    "milliseconds-by-budget.svg",
     "keep-ratio-trace.svg",
 }
 

@@ -34,13 +34,13 @@ def test_the_script_runs_and_every_chart_draws(three_arms, tmp_path):
 
     assert console == []
     drawings = [ElementTree.fromstring(each) for each in re.findall(r"<svg.*?</svg>", dom, re.DOTALL)]  # noqa: S314 - our own
-    assert len(drawings) == 3
+    assert len(drawings) == 4
     for drawing in drawings:
         assert any("curve" in (each.get("class") or "") or "trace" in (each.get("class") or "") for each in drawing)
         for cursor in (each for each in drawing if each.get("class") == "cursor"):
             assert cursor.get("visibility") == "visible"
             assert re.fullmatch(r"translate\(\d+(\.\d+)? 0\)", cursor.get("transform") or "")
-    assert sum("data-x" in drawing.attrib for drawing in drawings) == 2
+    assert sum("data-x" in drawing.attrib for drawing in drawings) == 3
     assert re.search(r"<output>full budget\ndense: accuracy 93\.0 ± 0\.4 %", dom)
     assert '<div id="budget">' in dom
 
@@ -57,7 +57,7 @@ def test_the_slider_moves_every_cursor_and_says_the_figures_there(three_arms, tm
     assert re.search(r"<output>keep ratio 0\.1\ndense: accuracy 88\.0 ± 0\.4 %, density 4\.0", dom)
     places = [json.loads(html.unescape(each))["0.1"] for each in re.findall(r'data-x="(.*?)"', dom)]
     moved_to = [float(each) for each in re.findall(r'class="cursor".*?transform="translate\((.*?) 0\)"', dom)]
-    assert len(places) == 2
+    assert len(places) == 3
     assert places == moved_to
 
 

@@ -56,7 +56,7 @@ def test_nothing_is_fetched(page, tmp_path):
 def test_the_charts_inside_are_those_beside_it(page, tmp_path):
     beside = [picture.read_text().split("</style>")[1].strip() for picture in sorted(tmp_path.glob("*.svg"))]
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert len(beside) == len(page.all("svg")) == 3
+    assert len(beside) == len(page.all("svg")) == 4
     assert all(drawing in html for drawing in beside)
 
 
@@ -80,7 +80,7 @@ def test_the_slider_knows_every_budget_that_was_evaluated(page, tmp_path):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     told = json.loads(re.search(r'id="budgets">(.*?)</script>', html)[1])
     assert [each["ratio"] for each in told] == ["0.1", "1.0"]
-    assert "loss-reset: accuracy 91.0 ± 0.4 %, density 4.0 ± 0.0 %" in told[0]["words"].splitlines()
+    assert "loss-reset: accuracy 91.0 ± 0.4 %, density 4.0 ± 0.0 %, 0.60 ± 0.00 ms" in told[0]["words"].splitlines()
     (slider,) = page.all("input")
     assert (slider["min"], slider["max"]) == ("0", "1")
 
@@ -113,8 +113,9 @@ def test_the_table_holds_mean_and_spread_of_each_arm_at_each_budget(page):
 
 def test_pictures_are_told_in_words_and_tables_have_captions_and_headings(page):
     told = [drawing["aria-label"] or "" for drawing in page.all("svg")]
-    assert "loss-reset 4.0 ± 0.0 % at 0.1" in told[1]
-    assert "loss-reset, seed 0: 2 resets, lowest keep ratio 0.29, the gate bound in 60.0 ± 0.0 %" in told[2]
+    assert "loss-reset 4.0 ± 0.0 at 0.1" in told[1]
+    assert "loss-reset 0.60 ± 0.00 at 0.1" in told[2]
+    assert "loss-reset, seed 0: 2 resets, lowest keep ratio 0.29, the gate bound in 60.0 ± 0.0 %" in told[3]
     assert len(page.all("caption")) == len(page.all("table")) == 2
     assert all(heading.get("scope") in {"row", "col"} for heading in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
