@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import regimewrap
 from regimewrap import RegimeCycler, RegimePolicy, Sweep
+from regimewrap.errors import MissingExtraError
 from regimewrap.files import Table
 
 NASTY = "<script>alert('&')</script>"
@@ -102,3 +104,9 @@ def test_a_policy_that_moves_at_each_update_is_drawn_where_it_was():
     visited = [cycler.keep_ratio, *(cycler.fast_forward(update).keep_ratio for update in range(1, 20))]
 
     assert cycler.plot(figure.subplots()).lines[0].get_ydata().tolist() == visited
+
+
+def test_a_cycle_cannot_be_drawn_without_matplotlib_and_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"matplotlib is not installed; run .*\.\[cli\]"):
+        driven("sawtooth").plot()
