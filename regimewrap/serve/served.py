@@ -22,6 +22,7 @@ from regimewrap.serve.calibration import Calibration
 from regimewrap.serve.candidates import Candidate
 from regimewrap.serve.choice import Choice
 from regimewrap.serve.layers import Product
+from regimewrap.serve.lean import LeanSelection
 from regimewrap.serve.partners import Links
 from regimewrap.serve.table import ServedLayer, served_table
 
@@ -164,7 +165,8 @@ class Served(Tabled):
         self._block.close()
         if self._calibration is not None:
             self.gate.thresholds = self._thresholds
-        self.gate.__dict__.pop(SERVED_ATTRIBUTE)
+        for attribute in (SERVED_ATTRIBUTE, "_select"):
+            self.gate.__dict__.pop(attribute, None)
         self._forwards = {}
 
     def __enter__(self) -> Self:
@@ -188,6 +190,7 @@ class Served(Tabled):
 
     def _open(self, keep_ratio: float) -> None:
         setattr(self.gate, SERVED_ATTRIBUTE, self)
+        self.gate.__dict__["_select"] = LeanSelection(self.gate)
         self.keep_ratio = keep_ratio
         for each in self._found:
             if each.product is not None:

@@ -228,6 +228,6 @@ def _selection_timed(served: Served) -> Iterator[None]:
     try:
         yield
     finally:
-        del gate.__dict__["_select"]
+        gate.__dict__["_select"] = select
         for handle in handles:
             handle.remove()

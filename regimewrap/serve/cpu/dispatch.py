@@ -5,6 +5,7 @@ Cheap to import: numba is loaded when a layer is first served.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -78,27 +79,33 @@ def convolve(
     kernels = KERNELS.get()
     if kernels is None:
         return None, x.numel()
-    planes = not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
+    planes = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
     format_ = torch.contiguous_format if planes else torch.channels_last
-    source = x.detach().to(torch.float32).contiguous(memory_format=format_)
-    flat = _flat(source)
+    flat = _flat(x.to(torch.float32).contiguous(memory_format=format_))
     found = int(kernels.count(flat))
     if found > most:
         return None, found
-    images, channels, height, width = x.shape
-    size = [
+    shape, tiles = _plan(x.shape, outputs, window, kernels.TILE)
+    out = torch.empty(shape, dtype=torch.float32, memory_format=format_)
+    arrays = flat, _flat(laid), _filled(bias, outputs), _flat(out)
+    numbers = (*x.shape[2:], x.shape[1], *shape[2:], outputs), window, planes, planes
+
+    def run(begin: int, end: int) -> None:
+        kernels.convolve(*arrays, begin, end, *numbers)
+
+    return (out.to(x.dtype) if share(run, tiles, out.numel()) else None), found
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    shape: tuple[int, ...], outputs: int, window: tuple[int, ...], tile: int
+) -> tuple[tuple[int, int, int, int], int]:
+    """Return the shape of a convolution's result, and how many tiles it has."""
+    down, across = (
         (full + 2 * window[4 + i] - window[6 + i] * (window[i] - 1) - 1) // window[2 + i] + 1
-        for i, full in enumerate((height, width))
-    ]
-    out = torch.empty((images, outputs, *size), dtype=torch.float32, memory_format=format_)
-    settings = (
-        flat, _flat(laid), _filled(bias, outputs), _flat(out),
-        (height, width, channels, *size, outputs), window, planes, planes,
-    )  # fmt: skip
-    tiles = images * -(-size[0] * size[1] // kernels.TILE)
-    if not share(lambda begin, end: kernels.convolve(*settings[:4], begin, end, *settings[4:]), tiles, out.numel()):
-        return None, found
-    return out.to(x.dtype), found
+        for i, full in enumerate(shape[2:])
+    )
+    return (shape[0], outputs, down, across), shape[0] * -(-down * across // tile)
 
 
 def linear(x: Tensor, laid: Tensor, bias: Tensor | None, outputs: int, most: float) -> tuple[Tensor | None, int]:
@@ -168,16 +175,29 @@ def some_rows(x: Tensor, weight: Tensor, bias: Tensor | None, active: Tensor, mo
 
 def share(run: Any, items: int, elements: int) -> bool:
     """Call ``run`` on ranges that cover ``items``, in as many threads as torch uses; False if a kernel failed."""
-    parts = max(1, min(torch.get_num_threads(), items, elements // _GRAIN))
+    parts = min(torch.get_num_threads(), items, elements // _GRAIN)
+    if parts <= 1:
+        return KERNELS.survive(lambda: run(0, items))
     return in_threads(KERNELS, run, [items * part // parts for part in range(parts + 1)])
 
 
 def _filled(bias: Tensor | None, outputs: int) -> Any:
+    """Return a bias, or zeros, of a length that blocks of outputs fill."""
+    if bias is None:
+        return _zeros(-(-outputs // 16) * 16)
+    if outputs % 16 == 0 and bias.dtype == torch.float32 and bias.is_contiguous():
+        return bias.detach().numpy()
     filled = torch.zeros(-(-outputs // 16) * 16)
-    if bias is not None:
-        filled[:outputs] = bias
+    filled[:outputs] = bias
     return filled.numpy()
 
 
+@functools.lru_cache(maxsize=64)
+def _zeros(length: int) -> Any:
+    return torch.zeros(length).numpy()  # only ever read
+
+
 def _flat(x: Tensor) -> Any:
-    return x.as_strided((x.numel(),), (1,)).numpy()
+    """View the memory of a tensor without gaps as a flat array."""
+    x = x.detach() if x.requires_grad else x
+    return x.numpy().reshape(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,)).numpy()
