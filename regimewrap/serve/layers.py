@@ -107,7 +107,7 @@ class LinearProduct(Product):
 
     def _lay(self, weight: Tensor) -> Tensor:
         weight_t = weight if self._transposed else weight.t()
-        return cpu.laid_convolution(weight_t.t()[:, :, None, None]) if self._compiled(weight) else weight_t.contiguous()
+        return cpu.laid_linear(weight_t) if self._compiled(weight) else weight_t.contiguous()
 
     def __call__(self, x: Tensor, most: float) -> tuple[Tensor | None, Found]:
         """See ``Product``."""

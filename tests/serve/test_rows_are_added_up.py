@@ -94,7 +94,7 @@ def test_compiled_rows_add_up_what_the_reference_does(rows, inputs, outputs, den
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-            y, found = dispatch.linear(x, dispatch.laid_convolution(weight[:, :, None, None]), bias, outputs, math.inf)
+            y, found = dispatch.linear(x, dispatch.laid_linear(weight.t()), bias, outputs, math.inf)
     finally:
         torch.set_num_threads(before)
     assert found == int(torch.count_nonzero(x))
@@ -131,7 +131,7 @@ def test_what_is_not_finite_comes_through_the_kernels_too(value, rows):
     pytest.importorskip("numba")
     x, weight = input_with_zeros(rows, 70, 0.2, torch.float32, 1), torch.randn(20, 70)
     x[0, 66] = value
-    y, _ = dispatch.linear(x, dispatch.laid_convolution(weight[:, :, None, None]), None, 20, math.inf)
+    y, _ = dispatch.linear(x, dispatch.laid_linear(weight.t()), None, 20, math.inf)
     assert same(y, x @ weight.t(), 1e-4)
     y, _ = dispatch.some_rows(x, weight, None, torch.ones(rows, 20), math.inf)
     assert same(y, x @ weight.t(), 1e-4)

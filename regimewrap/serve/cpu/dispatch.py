@@ -20,6 +20,8 @@ from regimewrap.topk.loading import Kernels
 _GRAIN = 1 << 12
 #: Rows of a linear layer for which its weight is read once a row, and not kept in a cache for all.
 _FEW = 8
+#: The window of a linear layer: size, stride, padding and dilation, two each.
+_ONE = (1, 1, 1, 1, 0, 0, 1, 1)
 
 
 def _import() -> ModuleType:
@@ -54,6 +56,16 @@ def laid_convolution(weight: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
+def laid_linear(weight: Tensor) -> Tensor:
+    """Return a weight (inputs, outputs) as the kernel wants it: rows of a multiple of 16; itself if it is that."""
+    inputs, outputs = weight.shape
+    if outputs % 16 == 0:
+        return weight.contiguous()
+    laid = weight.new_zeros(inputs, -(-outputs // 16) * 16)
+    laid[:, :outputs] = weight
+    return laid
+
+
 def convolve(
     x: Tensor,
     laid: Tensor,
@@ -61,6 +73,7 @@ def convolve(
     outputs: int,
     window: tuple[int, ...],
     most: float,
+    whole_rows: bool = False,
 ) -> tuple[Tensor | None, int]:
     """Return what a convolution makes of images with zeros in them.
 
@@ -71,6 +84,7 @@ def convolve(
         outputs: channels of the result.
         window: height, width; then stride, padding and dilation, two each.
         most: inputs other than zero above which the answer is ``None``.
+        whole_rows: whether ``laid`` is as ``laid_linear`` returns it; for a window of one.
 
     Returns:
         Shape (images, outputs, height, width), in the dtype and memory format of ``x``, or ``None``; and how many
@@ -88,7 +102,7 @@ def convolve(
     shape, tiles = _plan(x.shape, outputs, window, kernels.TILE)
     out = torch.empty(shape, dtype=torch.float32, memory_format=format_)
     arrays = flat, _flat(laid), _filled(bias, outputs), _flat(out)
-    numbers = (*x.shape[2:], x.shape[1], *shape[2:], outputs), window, planes, planes
+    numbers = (*x.shape[2:], x.shape[1], *shape[2:], outputs), window, planes, planes, whole_rows
 
     def run(begin: int, end: int) -> None:
         kernels.convolve(*arrays, begin, end, *numbers)
@@ -113,7 +127,7 @@ def linear(x: Tensor, laid: Tensor, bias: Tensor | None, outputs: int, most: flo
 
     Args:
         x: shape (rows, inputs), float32.
-        laid: as ``laid_convolution`` returns it, of the weight as a window of one.
+        laid: as ``laid_linear`` returns it.
         bias: shape (outputs,), or ``None``.
         outputs: length of a row of the result.
         most: inputs other than zero above which the answer is ``None``.
@@ -123,7 +137,7 @@ def linear(x: Tensor, laid: Tensor, bias: Tensor | None, outputs: int, most: flo
     """
     rows, inputs = x.shape
     if rows > _FEW:
-        y, found = convolve(x.t()[None, :, None], laid, bias, outputs, (1, 1, 1, 1, 0, 0, 1, 1), most)
+        y, found = convolve(x.t()[None, :, None], laid, bias, outputs, _ONE, most, True)
         return (None if y is None else y[0, :, 0].t()), found
     kernels = KERNELS.get()
     if kernels is None:

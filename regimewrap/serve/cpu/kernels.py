@@ -13,12 +13,7 @@ import numpy as np
 
 from regimewrap.serve.cpu.lists import compiled, count, list_pixels, list_places, list_planes
 from regimewrap.serve.cpu.vectors import (
-    AHEAD,
     LANES,
-    add_far_rows_1,
-    add_far_rows_2,
-    add_far_rows_4,
-    add_far_rows_8,
     add_rows_1,
     add_rows_2,
     add_rows_4,
@@ -44,25 +39,19 @@ def _copy(x: Any, begin: Any, out: Any, to: Any, n: Any) -> None:
         target[i] = source[i]
 
 
-def _by_width(rows_1: Any, rows_2: Any, rows_4: Any, rows_8: Any) -> Any:
-    """Return a function that calls the one of these for a block of 16, 32, 64 or 128 outputs."""
-
-    @numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
-    def add(width: Any, lists: Any, n: Any, units: Any, values: Any, weight: Any, at: Any, out: Any, to: Any) -> None:
-        if width == 128:
-            rows_8(lists, n, units, values, weight, at, out, to)
-        elif width == 64:
-            rows_4(lists, n, units, values, weight, at, out, to)
-        elif width == 32:
-            rows_2(lists, n, units, values, weight, at, out, to)
-        else:
-            rows_1(lists, n, units, values, weight, at, out, to)
-
-    return add
-
-
-_add = _by_width(add_rows_1, add_rows_2, add_rows_4, add_rows_8)
-_add_far = _by_width(add_far_rows_1, add_far_rows_2, add_far_rows_4, add_far_rows_8)
+@numba.njit(inline="always", error_model="numpy")  # a call costs as much as what it does
+def _add(
+    width: Any, lists: Any, n: Any, units: Any, values: Any, pitch: Any, weight: Any, at: Any, out: Any, to: Any
+) -> None:
+    """Add up rows for a block of 16, 32, 64 or 128 outputs."""
+    if width == 128:
+        add_rows_8(lists, n, units, values, pitch, weight, at, out, to)
+    elif width == 64:
+        add_rows_4(lists, n, units, values, pitch, weight, at, out, to)
+    elif width == 32:
+        add_rows_2(lists, n, units, values, pitch, weight, at, out, to)
+    else:
+        add_rows_1(lists, n, units, values, pitch, weight, at, out, to)
 
 
 @compiled
@@ -77,6 +66,7 @@ def convolve(
     window: Any,
     x_planes: Any,
     out_planes: Any,
+    whole_rows: Any,
 ) -> None:
     """Compute some tiles of a batch of convolved images.
 
@@ -92,6 +82,7 @@ def convolve(
         window: height, width; then stride, padding and dilation, two each.
         x_planes: whether the pixels of a channel lie together (NCHW), or the channels of a pixel.
         out_planes: the same of the result.
+        whole_rows: whether the weight is one block of (channels, outputs), as ``linear`` has it; for a window of one.
     """
     height, width, channels, out_height, out_width, outputs = shape
     window_height, window_width, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x = window
@@ -120,10 +111,11 @@ def convolve(
                 block //= 2
             # Where nothing has to be turned or cut off, sums are made where they belong.
             place = (image * out_pixels + first) * outputs + column
-            target, origin, pitch = (out, place, outputs) if direct else (sums, int64(0), block)
+            target, origin, gap = (out, place, outputs) if direct else (sums, int64(0), block)
             for pixel in range(last - first):
-                _copy(bias, column, target, origin + pixel * pitch, block)
-            base, tap = taps * channels * column, channels * block
+                _copy(bias, column, target, origin + pixel * gap, block)
+            pitch = step if whole_rows else block
+            base, tap = column if whole_rows else taps * channels * column, channels * pitch
             # So many taps at once that their weights stay near: some rows of the window, or a part of one.
             across = max(min(_CACHE // (4 * tap), window_width), 1)
             down = max(min(_CACHE // (4 * tap * window_width), window_height), 1)
@@ -134,7 +126,7 @@ def convolve(
                     # Weights that come next are fetched while these are used, a part with each pixel.
                     ahead = base + ((tap_bottom - 1) * window_width + tap_last) * tap
                     part = (across * down * tap // LANES // (last - first) + 1) * LANES
-                    if tile > begin and 4 * taps * channels * step <= _KEPT:
+                    if whole_rows or (tile > begin and 4 * taps * channels * step <= _KEPT):
                         part = int64(0)
                     row, corner = top, left
                     for pixel in range(last - first):
@@ -165,7 +157,7 @@ def convolve(
                                     lists[n, 2] = (tap_y * window_width + tap_x - xx) * tap
                                     n += 1
                         if n:
-                            _add(block, lists, n, units, values, weight, base, target, origin + pixel * pitch)
+                            _add(block, lists, n, units, values, pitch, weight, base, target, origin + pixel * gap)
             if not direct:
                 _write(sums, out, image, first, last, column, block, out_pixels, outputs, out_planes)
             column += block
@@ -206,15 +198,16 @@ def _write(
         pixel += LANES
 
 
-@compiled
-def linear(
+def _linear(
     x: Any, weight: Any, bias: Any, out: Any, begin: int, end: int, rows: int, inputs: Any, outputs: Any
 ) -> None:
     """Compute some outputs of a linear layer for a few rows; the weight is far away, and little of it is read.
 
+    Four inputs at a time, along all outputs: a processor fetches what follows by itself.
+
     Args:
         x: flat, from (rows, inputs).
-        weight: as for ``convolve``, with one tap; so is the bias.
+        weight: flat, from (inputs, outputs); outputs are filled up to a multiple of 16, as in the bias.
         bias: filled up.
         out: flat, from (rows, outputs).
         begin: the first block of 128 outputs.
@@ -223,21 +216,29 @@ def linear(
         inputs: length of a row of ``x``.
         outputs: the same of ``out``.
     """
-    units, values = np.zeros(inputs + AHEAD, np.uint32), np.empty(inputs + 1, np.float32)
-    starts, lists, sums = np.empty(2, np.int64), np.zeros((1, 3), np.int64), np.empty(OUTPUTS, np.float32)
+    units, values, starts = np.empty(inputs + 1, np.uint32), np.empty(inputs + 1, np.float32), np.empty(2, np.int64)
+    first, pitch = begin * OUTPUTS, int64(bias.size)
+    n = min(end * OUTPUTS, outputs) - first
     for row in range(rows):
         list_pixels(x, row * inputs, 1, 1, inputs, units, values, starts)
-        units[starts[1] : starts[1] + AHEAD] = 0
-        lists[0, 1] = starts[1]
-        column, stop = begin * OUTPUTS, min(end * OUTPUTS, bias.size)
-        while column < stop:
-            block = int64(OUTPUTS)
-            while block > bias.size - column:
-                block //= 2
-            _copy(bias, column, sums, 0, block)
-            _add_far(block, lists, 1, units, values, weight, inputs * column, sums, 0)
-            _copy(sums, 0, out, row * outputs + column, min(block, outputs - column))
-            column += block
+        _copy(bias, first, out, row * outputs + first, n)
+        # Slices for the reason that ``_copy`` gives.
+        sums, i = out[row * outputs + first : row * outputs + first + n], int64(0)
+        while i + 4 <= starts[1]:
+            place_0, place_1 = units[i] * pitch + first, units[i + 1] * pitch + first
+            place_2, place_3 = units[i + 2] * pitch + first, units[i + 3] * pitch + first
+            row_0, row_1 = weight[place_0 : place_0 + n], weight[place_1 : place_1 + n]
+            row_2, row_3 = weight[place_2 : place_2 + n], weight[place_3 : place_3 + n]
+            x_0, x_1, x_2, x_3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+            for j in range(n):
+                sums[j] += (x_0 * row_0[j] + x_1 * row_1[j]) + (x_2 * row_2[j] + x_3 * row_3[j])
+            i += 4
+        while i < starts[1]:
+            place_0, x_0 = units[i] * pitch + first, values[i]
+            row_0 = weight[place_0 : place_0 + n]
+            for j in range(n):
+                sums[j] += x_0 * row_0[j]
+            i += 1
 
 
 def _some_rows(
@@ -272,4 +273,5 @@ def _some_rows(
 
 
 # Sums may be made in any order; NaN and infinities stay what they are.
+linear: Any = compiled(_linear, fastmath={"reassoc", "contract"})
 some_rows: Any = compiled(_some_rows, fastmath={"reassoc", "contract"})

@@ -14,8 +14,6 @@ from numba import extending, types
 from numba.core import cgutils
 
 LANES = 16
-#: Rows that are fetched before they are used.
-AHEAD = 8
 tools: Any = cgutils
 
 _int32, _int64, _float = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -60,41 +58,44 @@ def _everywhere(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_int32, LANES), [0] * LANES))
 
 
-def _adder(vectors: int, ahead: int = 0) -> Any:
+def _adder(vectors: int) -> Any:
     @intrinsic
     def add_rows(
-        context: Any, lists: Any, n: Any, units: Any, values: Any, table: Any, origin: Any, out: Any, place: Any
+        context: Any,
+        lists: Any,
+        n: Any,
+        units: Any,
+        values: Any,
+        pitch: Any,
+        table: Any,
+        origin: Any,
+        out: Any,
+        place: Any,
     ) -> Any:
         """Add ``values[i] * row[units[i]]`` to ``out[place:]``, with sums in registers.
 
         ``lists`` has a row for each of the first ``n`` lists: where it starts, how long it is, and where in ``table``,
-        beyond ``origin``, the rows lie that it counts; these are 16 times ``vectors`` long. Rows ``ahead`` are
-        fetched meanwhile; ``units`` must go on for as many.
+        beyond ``origin``, the rows lie that it counts; of these, ``pitch`` apart, 16 times ``vectors`` are used.
         """
-        signature = types.void(lists, n, units, values, table, origin, out, place)
+        signature = types.void(lists, n, units, values, pitch, table, origin, out, place)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, unit, value, weights, result = (
-                _data(context, builder, signature.args[i], args[i]) for i in (0, 2, 3, 4, 6)
+                _data(context, builder, signature.args[i], args[i]) for i in (0, 2, 3, 5, 7)
             )
-            result = _at(builder, result, args[7])
+            result = _at(builder, result, args[8])
             sums = [tools.alloca_once(builder, _vector) for _ in range(vectors)]
             for i, each in enumerate(sums):
                 builder.store(_load(builder, _at(builder, result, LANES * i)), each)
             with tools.for_range(builder, args[1]) as outer:
                 row = _at(builder, rows, builder.mul(outer.index, _int64(3)))
                 start, length, base = (builder.load(_at(builder, row, i)) for i in range(3))
-                weights_of = _at(builder, weights, base, args[5])
+                weights_of = _at(builder, weights, base, args[6])
                 unit_of, value_of = _at(builder, unit, start), _at(builder, value, start)
                 with tools.for_range(builder, length) as inner:
                     unit_now = builder.zext(builder.load(_at(builder, unit_of, inner.index)), _int64)
                     factor = _everywhere(builder, builder.load(_at(builder, value_of, inner.index)))
-                    weight = _at(builder, weights_of, builder.mul(unit_now, _int64(LANES * vectors)))
-                    if ahead:
-                        later = builder.load(_at(builder, unit_of, builder.add(inner.index, _int64(ahead))))
-                        place = builder.mul(builder.zext(later, _int64), _int64(LANES * vectors))
-                        for i in range(vectors):
-                            _fetch(builder, _at(builder, weights_of, place, LANES * i))
+                    weight = _at(builder, weights_of, builder.mul(unit_now, args[4]))
                     for i, each in enumerate(sums):
                         product = builder.fmul(factor, _load(builder, _at(builder, weight, LANES * i)), ("contract",))
                         builder.store(builder.fadd(product, builder.load(each), ("contract",)), each)
@@ -108,8 +109,6 @@ def _adder(vectors: int, ahead: int = 0) -> Any:
 
 
 add_rows_1, add_rows_2, add_rows_4, add_rows_8 = (_adder(vectors) for vectors in (1, 2, 4, 8))
-#: For rows that are far away, each of which is used once.
-add_far_rows_1, add_far_rows_2, add_far_rows_4, add_far_rows_8 = (_adder(vectors, AHEAD) for vectors in (1, 2, 4, 8))
 
 
 @intrinsic
