@@ -200,6 +200,14 @@ class Served(Tabled):
                 parent = each.name.rpartition(".")[0]
                 self._links.add(each.site, each.link, self._model.get_submodule(parent))
 
+    def _choices(self) -> list[Choice]:
+        """Return what is known of the layers at the keep ratio in force, on inputs like the examples."""
+        return [
+            forward.choice(self.gate, *self._shown[name])
+            for name, forward in self._forwards.items()
+            if name in self._shown
+        ]
+
     def _refuse_training(self, name: str, training: bool) -> NoReturn:
         if training:
             raise ServeError(f"{name} is in training mode while it is served; call model.eval(), or close to train.")

@@ -14,7 +14,7 @@ from torch import nn
 
 from regimewrap import GatePolicy, RegimePolicy, at_keep_ratio, calibrate, gate_of, serve, unwrap, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, ServeError, StateError
-from regimewrap.serve.serving import slower
+from regimewrap.serve.serving import skip_where_it_pays, slower
 
 X = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 WIDE = 1024
@@ -309,3 +309,14 @@ def test_a_model_that_is_slower_served_is_told_with_how_much(model):
         for dense, ms, told in ((2.0, 2.1, False), (2.0, 3.0, True), (0.02, 0.03, False), (2.0, 1.0, False)):
             served.dense_ms, served.served_ms = dense, ms
             assert ("takes 1.50 times as long served at keep ratio 0.1" in slower(served)) == told
+
+
+def test_no_layer_skips_zeros_where_the_whole_model_is_not_faster_with_it(model):
+    with quiet(model, 0.1, example_inputs=X) as served:
+        for choice in served._choices():
+            choice.most = math.inf
+        skip_where_it_pays(served, dense=2.0, sparse=1.0)
+        assert any(layer.sparse for layer in served.layers)
+        skip_where_it_pays(served, dense=1.0, sparse=1.0)
+        assert not any(layer.sparse for layer in served.layers)
+        assert all("not faster here" in layer.reason for layer in served.layers if not layer.why)
