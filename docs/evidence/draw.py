@@ -1,7 +1,7 @@
 """Draw the figures of docs/explanation/evidence.md from the cells and times beside this file.
 
 ``evidence.svg``: gains over dense at each budget. ``evidence-latency.svg``: accuracy over milliseconds, of one network
-served at four budgets and of thinner dense ones.
+served at four budgets and of thinner dense ones. ``../assets/one-checkpoint.svg``: README's picture, from the same files.
 
 Run from the repository's root, with matplotlib installed: python docs/evidence/draw.py
 """
@@ -76,6 +76,41 @@ def over_milliseconds() -> None:
     figure.savefig(HERE.parent / "explanation" / "evidence-latency.svg", metadata={"Date": None})
 
 
+def one_checkpoint() -> None:
+    """Draw what a budget does to a layer, and what comes out of the MLP of 3,072 units: accuracy and milliseconds."""
+    budgets, places = ("1", "0.2", "0.1", "0.05"), range(4)
+    rows = json.loads((HERE / "latency-mlp.json").read_text())["tables"][0]["rows"]
+    share = {row["width or keep ratio"]: row["share of dense"] for row in rows if row["way"] == "served"}
+    ms = [rows[0]["ms"] * share.get(float(budget), 1.0) for budget in budgets]
+    figure, (layer, accuracy, time) = plt.subplots(
+        1, 3, figsize=(9, 2.8), layout="constrained", width_ratios=(1.25, 1, 1), facecolor="white"
+    )
+    units = np.random.default_rng(4).exponential(size=20)
+    for place, budget in enumerate(budgets):
+        kept = units >= np.sort(units)[-int(20 * float(budget))]
+        layer.bar(np.arange(20), kept * units / units.max() * 0.8, bottom=-place, width=0.8, color="C0")
+        layer.bar(np.arange(20), 0.03, bottom=-place, width=0.8, color="0.8")
+        layer.text(-1.2, -place, budget, ha="right")
+    layer.set_title("A layer's 20 units at each keep ratio")
+    layer.axis("off")
+    arms = (("mixed", "trained with regimewrap", "C0", (3, 51)), ("dense", "trained dense", "0.5", (1.9, 34)))
+    for arm, label, color, place in arms:
+        runs = np.array(list(figures("cifar10-mlp", "mlp-3072", "accuracy")[arm].values()))
+        means = runs.mean(0)[[BUDGETS.index(budget) for budget in budgets]]
+        accuracy.plot(places, means, "o-", color=color)
+        accuracy.text(*place, label, color=color, ha="right")
+    accuracy.set(title="Accuracy in %", ylim=(20, 55))
+    time.bar(places, ms, color=["0.7", *["C0"] * 3], width=0.6)
+    for place in places:
+        time.text(place, ms[place] + 0.1, f"{ms[place]:.1f}", ha="center")
+    time.set(title="Milliseconds for one image", ylim=(0, max(ms) * 1.15))
+    for axis in (accuracy, time):
+        axis.set_xticks(places, budgets)
+        axis.set_xlabel("keep ratio")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE.parent / "assets" / "one-checkpoint.svg", metadata={"Date": None})
+
+
 def main() -> None:
     """Draw one panel a study, then the times."""
     mpl.rcParams.update({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9})
@@ -97,6 +132,7 @@ def main() -> None:
     axes[0].legend(frameon=False)
     figure.savefig(HERE.parent / "explanation" / "evidence.svg", metadata={"Date": None})
     over_milliseconds()
+    one_checkpoint()
 
 
 if __name__ == "__main__":
