@@ -21,7 +21,7 @@ from regimewrap.serve.serving import serve
 from regimewrap.wrap import plan, unwrap, wrap
 
 #: The version, in one place; pyproject.toml reads it from here.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Calibration",
