@@ -1,7 +1,7 @@
 """Draw the figures of docs/explanation/evidence.md from the cells and times beside this file.
 
 ``evidence.svg``: gains over dense at each budget. ``evidence-latency.svg``: accuracy over milliseconds, of one network
-served at four budgets and of thinner dense ones. ``../assets/one-checkpoint.svg``: README's picture, from the same files.
+served at four budgets and of thinner dense ones. ``../assets/one-checkpoint.svg``: README's picture, from the same.
 
 Run from the repository's root, with matplotlib installed: python docs/evidence/draw.py
 """

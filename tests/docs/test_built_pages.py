@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "-f", "docs/config/mkdocs.yml", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})  # noqa: S603
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     return folder
 
 
@@ -39,5 +39,5 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 def test_search_finds_a_page_from_disk(site: Path) -> None:
     address = (site / "how-to" / "quantise.html").as_uri() + "?q=quantise"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    shown = subprocess.run([str(CHROMIUM), *flags, address], capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
+    shown = subprocess.run([str(CHROMIUM), *flags, address], capture_output=True, text=True, check=True, timeout=120)
     assert re.search(r'class="md-search-result__item"[\s\S]*?Quantise a trained model', shown.stdout)
