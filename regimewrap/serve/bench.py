@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from regimewrap.errors import RegimewrapError, ServeError
 from regimewrap.files import Table, Tabled
+from regimewrap.policy.policy import PolicyLike
 from regimewrap.serve.serving import serve
 from regimewrap.sites.probe import as_call, untouched
 from regimewrap.torch_private import tree_leaves
@@ -93,7 +94,12 @@ class Bench(Tabled):
 
 
 def bench(
-    model: nn.Module, example_inputs: Any, keep_ratio: float = 0.1, *, rounds: int = 15, policy: Any = None
+    model: nn.Module,
+    example_inputs: Any,
+    keep_ratio: float = 0.1,
+    *,
+    rounds: int = 15,
+    policy: PolicyLike | None = None,
 ) -> Bench:
     """Time a model dense, by its rivals, and served at a budget.
 
