@@ -12,7 +12,6 @@ from torch import Tensor
 
 from regimewrap import torch_private
 from regimewrap.gate.gate import Site, TopKGate
-from regimewrap.topk import sampling
 from regimewrap.topk.cpu import dispatch as cpu
 from regimewrap.topk.selection import Selection, effective_ratio
 
@@ -32,7 +31,7 @@ class LeanSelection:
     def __call__(self, x: Tensor, site: Site, training: bool, after_relu: bool = False) -> Tensor:
         """See ``TopKGate._select``."""
         gate = self._gate
-        if training or gate.network is not None or sampling.ON or gate._fixed() is not None or not is_plain(x):
+        if training or gate.network is not None or gate._fixed() is not None or not is_plain(x):
             return TopKGate._select(gate, x, site, training, after_relu)
         key = site.name, x.shape, after_relu
         selection = self._known[key] if key in self._known else self._look_up(x, site, after_relu)

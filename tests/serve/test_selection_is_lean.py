@@ -77,6 +77,16 @@ def test_what_is_not_plain_goes_the_gates_own_way() -> None:
         assert seen == ["1"], "a tensor without a second dimension, of which the gate warns"
 
 
+def test_another_model_that_is_sampled_makes_no_difference() -> None:
+    model, x, served = _served(RegimePolicy())
+    other = regimewrap.gate_of(regimewrap.wrap(nn.Sequential(nn.Linear(4, 8), nn.ReLU())))
+    other.sample_next()
+    with served, torch.no_grad(), _own_ways() as seen:
+        model(x)
+    other.take_sample()
+    assert seen == []
+
+
 def test_a_new_budget_is_seen_at_once() -> None:
     model, x, served = _served(RegimePolicy())
     with served, torch.no_grad():
