@@ -200,7 +200,7 @@ def _looking(gate: TopKGate, seen: Watch) -> Iterator[None]:
 
 @contextmanager
 def _sampling(gate: TopKGate, seen: Watch, every: int, root: nn.Module) -> Iterator[None]:
-    """Look at some passes of ``root``; a gate that is not looked at does what it does for nobody."""
+    """Look at some passes of ``root``; a gate that nothing looks at does no more than select."""
     block, passes = ExitStack(), itertools.count()
 
     def before(module: nn.Module, _: Any) -> None:
