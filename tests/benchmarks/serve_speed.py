@@ -4,6 +4,7 @@ Rounds are paired: both ways run in each. Ceilings count FLOP for convolutions a
 would be left if a skipped zero cost nothing. Between two passes other memory is read, so that weights come from there.
 
     python tests/benchmarks/serve_speed.py [--model wrn|mlp|relu|gelu|swiglu] [--batch 1] [--threads 1] [--thresholds 1]
+        [--updates 100]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import paired
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 import regimewrap
@@ -70,6 +72,24 @@ def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor, str]:
     return nn.Sequential(*(Block(768, hidden, name) for _ in range(12))).eval(), torch.randn(batch, 1, 768), "position"
 
 
+def train(model: nn.Module, updates: int) -> torch.Tensor:
+    """Train a wrapped WRN on handwritten digits of 32 pixels with its policy; return images that it has not seen."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    images = nn.functional.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1)
+    labels, test = torch.tensor(digits.target), 397
+    optimizer, cycler = torch.optim.SGD(model.train().parameters(), 0.05, 0.9), regimewrap.RegimeCycler(model)
+    for _ in range(updates):
+        batch = torch.randint(len(images) - test, (32,))
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycler.step(loss)
+    model.eval()
+    return images[-test:].contiguous()
+
+
 def ceiling(model: nn.Module, served: regimewrap.Served, batch: int) -> float:
     """Return the ratio that is left when what is skipped costs nothing: in FLOP, or in bytes at batch 1."""
     work = {}
@@ -99,12 +119,14 @@ served_input: list[torch.Tensor] = []
 
 def main() -> None:
     """Time, print, compare with the targets."""
-    options = paired.arguments(__doc__, model="wrn", batch=1, thresholds=0)
+    options = paired.arguments(__doc__, model="wrn", batch=1, thresholds=0, updates=0)
     paired.keep_memory()
     model, x, scope = build(options.model, options.batch)
     served_input.append(x)
     between = torch.zeros(_BETWEEN // 4)
     wrapped = regimewrap.wrap(model, RegimePolicy(gate=GatePolicy(scope=scope)))
+    if options.updates and options.model == "wrn":
+        x = served_input[0] = train(wrapped, options.updates)[: options.batch]
     rows = []
     with torch.no_grad():
         calibration = (
