@@ -1,79 +1,167 @@
-"""Draw the figures of docs/explanation/evidence.md from the cells and times beside this file.
+"""Draw the figure and write the table of docs/explanation/evidence.md from the cells and times beside this file.
 
-``evidence.svg``: gains over dense at each budget. ``evidence-latency.svg``: accuracy over milliseconds, of one network
-served at four budgets and of thinner dense ones. ``../assets/one-checkpoint.svg``: README's picture, from the same.
+``evidence.svg``: gains over dense at each budget, and accuracy over milliseconds, of one network served at three
+budgets and of thinner dense ones. ``../assets/one-checkpoint.svg``: README's picture, from the same.
 
-Run from the repository's root, with matplotlib installed: python docs/evidence/draw.py
+Run from the repository's root, with matplotlib and scipy installed: python docs/evidence/draw.py
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import math
+import re
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
+from regimewrap.recipes.study.cells import folder_study, read_cells
+from regimewrap.recipes.study.figures import TaskFigures, figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from regimewrap.report.statistics import Difference
+
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "explanation" / "evidence.md"
 BUDGETS = ("1", "0.5", "0.2", "0.1", "0.05")
 PANELS = (
-    ("mnist1d", "plain", "accuracy", "MNIST-1D, points", (-6, 12)),
-    ("digits", "digits-1000", "accuracy", "Digits, points", (-6, 14)),
-    ("cifar10-small", "rms", "accuracy", "CIFAR-10 at 16 pixels, points", (-6, 14)),
-    ("characters", "gelu", "nll", "Characters (GELU), nats saved", (-0.42, 0.2)),
+    ("mnist1d", "plain", "MNIST-1D, points", (-6, 12)),
+    ("digits", "digits-1000", "Digits, points", (-6, 14)),
+    ("cifar10-small", "rms", "CIFAR-10, points", (-6, 14)),
+    ("characters", "gelu", "Characters, nats saved", (-0.42, 0.2)),
 )
 #: Times, the study, the task of the network that is served, and the tasks of the dense ones by their width.
 LATENCIES = (
-    ("wrn", "cifar10-wrn28", "wrn-28-4", {4: "wrn-28-4", 3: "wrn-28-3"}, "WRN-28 at 16 pixels"),
+    ("wrn", "cifar10-wrn28", "wrn-28-4", {4: "wrn-28-4", 3: "wrn-28-3"}, "WRN-28, accuracy in %"),
     (
         "mlp",
         "cifar10-mlp",
         "mlp-3072",
         {3072: "mlp-3072", 1024: "mlp-1024", 768: "mlp-768", 512: "mlp-512"},
-        "Three hidden layers",
+        "MLP, accuracy in %",
     ),
 )
-TRIALS = 100_000  # seeds of trials begin here
 ARMS = {"mixed": "C0", "fixed-0.1": "C1", "accuracy-reset": "C2", "weight-decay": "C3"}
+#: Rows of the table.
+TASKS = (
+    ("mnist1d", "plain", "MNIST-1D"),
+    ("mnist1d", "few", "MNIST-1D, 1,000 samples"),
+    ("mnist1d", "noise-20", "MNIST-1D, 20 % of the labels wrong"),
+    ("mnist1d", "noise-40", "MNIST-1D, 40 % of the labels wrong"),
+    ("digits", "digits-1000", "Digits, 1,000 images"),
+    ("digits", "digits-200", "Digits, 200 images"),
+    ("cifar10-small", "rms", "CIFAR-10, WRN-10-2, RMSNorm"),
+    ("cifar10-small", "batch", "CIFAR-10, WRN-10-2, BatchNorm"),
+    ("cifar10-wrn28", "wrn-28-4", "CIFAR-10, the paper's WRN-28-4"),
+    ("cifar10-mlp", "mlp-3072", "CIFAR-10, three layers of 3,072"),
+    ("characters", "relu", "Characters, ReLU, in nats"),
+    ("characters", "gelu", "Characters, GELU, in nats"),
+    ("characters", "swiglu", "Characters, SwiGLU, in nats"),
+    ("characters-finetuned", "swiglu", "Characters, fine-tuned, in nats"),
+)
+#: Columns of the table, beside dense.
+COLUMNS = {
+    "mixed": "`mixed`, the default",
+    "mixed-always": "without resting",
+    "accuracy-reset": "as published",
+    "fixed-0.1": "0.1 throughout",
+}
+TABLE = re.compile("(?<=<!-- table: -->\n\n).*?(?=\n<!-- :table -->)", re.DOTALL)
 
 
-def figures(study: str, task: str, outcome: str) -> dict[str, dict[int, list[float]]]:
-    """Return the outcome at each budget, by arm and seed; more is better."""
-    scale = 100.0 if outcome == "accuracy" else -1.0
-    found: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    for path in sorted((HERE / study / "cells").glob(f"{task}_*.json")):
-        record = json.loads(path.read_text())
-        cell, seen = record["cell"], record["figures"]
-        if cell["seed"] < TRIALS and outcome in seen:
-            found[cell["arm"]][cell["seed"]] = [scale * seen[outcome][budget] for budget in BUDGETS]
-    return found
+@cache
+def study(name: str) -> dict[str, TaskFigures]:
+    """Return the figures of a study's tasks; none if no cell is there."""
+    if not (HERE / name / "study.json").exists():
+        return {}
+    records, problems = read_cells(HERE / name)
+    if problems:
+        raise SystemExit("\n".join(problems))
+    return {task.name: task for task in figures(folder_study(HERE / name), records)[0] if "dense" in task.runs}
 
 
-def over_milliseconds() -> None:
+def by_budget(task: TaskFigures, arm: str) -> dict[int, list[float]]:
+    """Return accuracies in % or nats at each budget, by seed; more is better."""
+    scale = 100.0 if task.outcome == "accuracy" else -1.0
+    found = {budget: task.by_seed(arm, budget) for budget in BUDGETS}
+    return {seed: [scale * found[budget][seed] for budget in BUDGETS] for seed in found["1"]}
+
+
+def table() -> str:
+    """Return the table: a row a task, differences from dense at keep ratio 1 and 0.1."""
+    heads = ["", "seeds", "dense at 1", "at 0.1"]
+    heads += [head for about in COLUMNS.values() for head in (f"{about}, at 1", "at 0.1")]
+    lines = [f"| {' | '.join(heads)} |", f"| --- | --: |{' --: |' * (len(heads) - 2)}"]
+    held, asked = dict.fromkeys(COLUMNS, 0), dict.fromkeys(COLUMNS, 0)
+    for name, which, title in TASKS:
+        task = study(name).get(which)
+        if task is None:
+            continue
+        digits, scale = (3, 1.0) if task.outcome == "nll" else (1, 100.0)
+        dense = [f"{scale * (task.spread('dense', budget).mean or math.nan):.{digits}f}" for budget in ("1", "0.1")]
+        seeds = sorted({len(task.runs[arm]) for arm in ("dense", *COLUMNS) if arm in task.runs})
+        cells = [title, " to ".join(str(each) for each in dict.fromkeys((seeds[0], seeds[-1]))), *dense]
+        found = {budget: task.compared(budget) for budget in ("1", "0.1")}
+        for arm in COLUMNS:
+            if arm not in task.runs:
+                cells += ["", ""]
+                continue
+            full, low = found["1"][arm], found["0.1"][arm]
+            asked[arm] += 1
+            held[arm] += full.holds(task.equivalent)
+            interval = f" [{scale * full.low:+.{digits}f}, {scale * full.high:+.{digits}f}]"
+            cells.append(f"{scale * full.mean:+.{digits}f}{interval}{mark(full, task)}")
+            cells.append(f"{scale * low.mean:+.{digits}f}{mark(low, task)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    counts = [each for arm in COLUMNS for each in (f"{held[arm]} of {asked[arm]}", "")]
+    lines.append(f"| {' | '.join(['**no worse than dense on**', '', '', '', *counts])} |")
+    return "\n".join(lines) + "\n"
+
+
+def mark(found: Difference, task: TaskFigures) -> str:
+    """Return what the seeds say, as a sign."""
+    signs = {"above": " ▲", "below": " ▼", "tie": " =", "open": ""}
+    return signs[found.verdict(task.equivalent)] or (" ≥" if found.holds(task.equivalent) else "")
+
+
+def gains(axis: Axes, task: TaskFigures) -> None:
+    """Draw gains over dense at each budget, with their 95 % interval."""
+    places, dense = np.arange(len(BUDGETS)), by_budget(task, "dense")
+    for arm, color in ARMS.items():
+        found = by_budget(task, arm)
+        if seeds := sorted(found.keys() & dense.keys()):
+            gain = np.array([np.subtract(found[seed], dense[seed]) for seed in seeds])
+            error = 1.96 * gain.std(axis=0, ddof=1) / np.sqrt(len(seeds))
+            axis.errorbar(places, gain.mean(axis=0), error, color=color, label=arm, capsize=2)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.set_xticks(places, BUDGETS)
+    axis.set_xlabel("keep ratio")
+
+
+def over_milliseconds(axis: Axes, net: str, tasks: dict[str, TaskFigures], served: str, widths: dict[int, str]) -> None:
     """Draw accuracy over milliseconds."""
-    figure, axes = plt.subplots(1, len(LATENCIES), figsize=(7, 3), layout="constrained")
-    for axis, (net, study, served, widths, title) in zip(axes, LATENCIES, strict=True):
-        rows = json.loads((HERE / f"latency-{net}.json").read_text())["tables"][0]["rows"]
-        # Shares were taken within rounds, so that what else the machine did falls out.
-        ms = {(row["way"], float(row["width or keep ratio"])): row["share of dense"] * rows[0]["ms"] for row in rows}
-        lines = {
-            "dense, thinner and thinner": [
-                (ms["dense", width], figures(study, task, "accuracy")["dense"], 0) for width, task in widths.items()
-            ],
-            "mixed, served at 0.2, 0.1, 0.05": [
-                (ms["served", float(budget)], figures(study, served, "accuracy")["mixed"], BUDGETS.index(budget))
-                for budget in ("0.2", "0.1", "0.05")
-            ],
-        }
-        for label, points in lines.items():
-            means = [np.mean([values[place] for values in runs.values()]) for _, runs, place in points]
-            axis.plot([time for time, _, _ in points], means, "o-", label=label)
-        axis.set(title=title, xlabel="milliseconds, one image, one thread")
-    axes[0].set_ylabel("accuracy in %")
-    axes[1].legend(frameon=False, loc="lower right")
-    figure.savefig(HERE.parent / "explanation" / "evidence-latency.svg", metadata={"Date": None})
+    rows = json.loads((HERE / f"latency-{net}.json").read_text())["tables"][0]["rows"]
+    # Shares were taken within rounds, so that what else the machine did falls out.
+    ms = {(row["way"], float(row["width or keep ratio"])): row["share of dense"] * rows[0]["ms"] for row in rows}
+    lines = {
+        "dense, thinner and thinner": [
+            (ms["dense", width], by_budget(tasks[task], "dense"), 0) for width, task in widths.items()
+        ],
+        "mixed, served at 0.2, 0.1, 0.05": [
+            (ms["served", float(budget)], by_budget(tasks[served], "mixed"), BUDGETS.index(budget))
+            for budget in ("0.2", "0.1", "0.05")
+        ],
+    }
+    for (label, points), color in zip(lines.items(), ("grey", ARMS["mixed"]), strict=True):
+        means = [np.mean([values[place] for values in runs.values()]) for _, runs, place in points]
+        axis.plot([time for time, _, _ in points], means, "o-", label=label, color=color)
+    axis.set_xlabel("milliseconds, one image, one thread")
 
 
 def one_checkpoint() -> None:
@@ -95,7 +183,7 @@ def one_checkpoint() -> None:
     layer.axis("off")
     arms = (("mixed", "trained with regimewrap", "C0", (3, 51)), ("dense", "trained dense", "0.5", (1.9, 34)))
     for arm, label, color, place in arms:
-        runs = np.array(list(figures("cifar10-mlp", "mlp-3072", "accuracy")[arm].values()))
+        runs = np.array(list(by_budget(study("cifar10-mlp")["mlp-3072"], arm).values()))
         means = runs.mean(0)[[BUDGETS.index(budget) for budget in budgets]]
         accuracy.plot(places, means, "o-", color=color)
         accuracy.text(*place, label, color=color, ha="right")
@@ -112,27 +200,23 @@ def one_checkpoint() -> None:
 
 
 def main() -> None:
-    """Draw one panel a study, then the times."""
+    """Draw the panels of each figure; put the table between its marks."""
     mpl.rcParams.update({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3), layout="constrained")
-    for axis, (study, task, outcome, title, limits) in zip(axes, PANELS, strict=True):
-        found = figures(study, task, outcome)
-        places = np.arange(len(BUDGETS))
-        for arm, color in ARMS.items():
-            seeds = sorted(set(found.get(arm, {})) & set(found["dense"]))
-            if not seeds:
-                continue
-            gains = np.array([np.subtract(found[arm][seed], found["dense"][seed]) for seed in seeds])
-            error = 1.96 * gains.std(axis=0, ddof=1) / np.sqrt(len(seeds))
-            axis.errorbar(places, gains.mean(axis=0), error, color=color, label=arm, capsize=2)
-        axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set_xticks(places, BUDGETS)
-        axis.set(title=title, xlabel="keep ratio", ylim=limits)
-    axes[0].set_ylabel("above dense")
-    axes[0].legend(frameon=False)
-    figure.savefig(HERE.parent / "explanation" / "evidence.svg", metadata={"Date": None})
-    over_milliseconds()
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    *upper, left, right = axes.flat
+    for axis, (name, which, title, limits) in zip(upper, PANELS, strict=True):
+        gains(axis, study(name)[which])
+        axis.set(title=title, ylim=limits)
+    upper[0].set_ylabel("above dense")
+    upper[3].set_ylabel("above dense")
+    upper[0].legend(frameon=False)
+    for axis, (net, name, served, widths, title) in zip((left, right), LATENCIES, strict=True):
+        over_milliseconds(axis, net, study(name), served, widths)
+        axis.set_title(title)
+    right.legend(frameon=False, loc="lower right")
+    figure.savefig(PAGE.parent / "evidence.svg", metadata={"Date": None})
     one_checkpoint()
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

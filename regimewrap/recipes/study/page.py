@@ -61,12 +61,14 @@ def _page(
     lines += [f"{count.others} cells are of other settings and are not counted."] if count.others else []
     lines += [f"Left out: {problem}" for problem in problems]
     trials = study.trials
-    lines += [
-        "",
-        f"{TIE_RULE} Each arm's learning rate and own number were chosen by {trials.count} trials on a validation set, "
-        f"with {trials.seeds} seed{'s' * (trials.seeds > 1)} that no final run has. The test set was read once, after "
-        f"the last update. Made on: {'; '.join(made)}.",
-    ]
+    tuned = (
+        "Nothing was tuned: each arm has the spec's learning rate and its own default number."
+        if trials.count == 1
+        else f"Each arm's learning rate and own number were chosen by {trials.count} trials on a validation set, "
+        f"with {trials.seeds} seed{'s' * (trials.seeds > 1)} that no final run has."
+    )
+    read = "The test set was read once, after the last update."
+    lines += ["", f"{TIE_RULE} {tuned} {read} Made on: {'; '.join(made)}."]
     for task in tasks:
         lines += ["", f"## {task.name}", "", *_task(study, task)]
     lines += ["", "## Arms", ""]
@@ -78,7 +80,8 @@ def _page(
 
 def _task(study: Study, task: TaskFigures) -> Iterable[str]:
     settings = study.tasks[task.name].model_dump(mode="json", exclude_defaults=True)
-    said = ", ".join(f"{key} {value}" for key, value in {**settings, **settings.pop("training")}.items())
+    training = settings.pop("training")
+    said = ", ".join(f"{key} {_setting(value)}" for key, value in {**settings, **training}.items())
     unit = "nats a character, less is better" if task.outcome == "nll" else "accuracy in %"
     yield f"{said}. Figures: {unit}, mean ± standard deviation over seeds at keep ratio. {_KEY}."
     yield ""
@@ -107,6 +110,11 @@ def _task(study: Study, task: TaskFigures) -> Iterable[str]:
     for budget in (task.budgets[0], "0.1"):
         if budget in task.budgets:
             yield _verdict(task, found[budget], budget)
+
+
+def _setting(value: object) -> str:
+    """Return a setting as the spec's file has it."""
+    return f"({', '.join(f'{key} {item}' for key, item in value.items())})" if isinstance(value, dict) else f"{value}"
 
 
 def _verdict(task: TaskFigures, found: dict[str, Difference], budget: str) -> str:

@@ -38,6 +38,8 @@ def test_the_page_says_above_tie_and_unknown_as_interval_and_test_allow(folder):
         "At keep ratio 1, above dense: weight-decay; tied with dense: dropout, post-hoc; not told from dense: label"
         in page
     )
+    assert "data digits, train_samples 40, steps 4, batch_size 10, lr 0.05. Figures" in page
+    assert "Nothing was tuned: each arm has the spec's learning rate and its own default number." in page
     assert "| weight-decay | 8 | 85.0 ± 0.0 ▲ | 35.0 ± 0.0 ▲ |" in page
     assert (folder / "report.md").read_text() == page
     assert (folder / "digits.svg").read_text().startswith("<?xml")
