@@ -50,7 +50,7 @@ class ServedLayer:
         if self.most_density is None:
             return "measured in the next calls"
         if self.most_density == 0.0:
-            return "sparse is not faster here"
+            return "the whole model is no faster" if self.sparse_ms < self.dense_ms else "sparse is not faster here"
         return f"faster below a density of {self.most_density:.2g}"
 
 

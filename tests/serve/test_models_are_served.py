@@ -15,6 +15,7 @@ from torch import nn
 from regimewrap import GatePolicy, RegimePolicy, at_keep_ratio, calibrate, gate_of, serve, unwrap, wrap
 from regimewrap.errors import NotWrappedError, PolicyError, ServeError, StateError
 from regimewrap.serve.serving import skip_where_it_pays, slower
+from regimewrap.serve.table import ServedLayer
 
 X = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 WIDE = 1024
@@ -319,4 +320,13 @@ def test_no_layer_skips_zeros_where_the_whole_model_is_not_faster_with_it(model)
         assert any(layer.sparse for layer in served.layers)
         skip_where_it_pays(served, dense=1.0, sparse=1.0)
         assert not any(layer.sparse for layer in served.layers)
-        assert all("not faster here" in layer.reason for layer in served.layers if not layer.why)
+        for layer in served.layers:
+            alone = "the whole model is no faster" if layer.sparse_ms < layer.dense_ms else "sparse is not faster here"
+            assert layer.reason in (layer.why, alone)
+
+
+def test_a_layer_that_is_faster_alone_but_not_in_its_model_says_so():
+    layer = ServedLayer("fc", density=0.1, dense_ms=2.0, sparse_ms=1.5, most_density=0.0)
+    assert not layer.sparse
+    assert layer.reason == "the whole model is no faster"
+    assert ServedLayer("fc", 0.1, 1.5, 2.0, most_density=0.0).reason == "sparse is not faster here"
