@@ -32,7 +32,7 @@ PAGE = HERE.parent / "explanation" / "evidence.md"
 BUDGETS = ("1", "0.5", "0.2", "0.1", "0.05")
 PANELS = (
     ("mnist1d", "plain", "MNIST-1D, points", (-6, 12)),
-    ("digits", "digits-1000", "Digits, points", (-6, 14)),
+    ("digits", "digits-1000", "Digits, points", (-9, 14)),
     ("cifar10-small", "rms", "CIFAR-10, points", (-6, 14)),
     ("characters", "gelu", "Characters, nats saved", (-0.42, 0.2)),
 )
@@ -47,7 +47,7 @@ LATENCIES = (
         "MLP, accuracy in %",
     ),
 )
-ARMS = {"mixed": "C0", "fixed-0.1": "C1", "accuracy-reset": "C2", "weight-decay": "C3"}
+ARMS = {"mixed": "C0", "mixed-always": "C9", "fixed-0.1": "C1", "accuracy-reset": "C2", "weight-decay": "C3"}
 #: Rows of the table.
 TASKS = (
     ("mnist1d", "plain", "MNIST-1D"),
@@ -213,7 +213,7 @@ def main() -> None:
     for axis, (net, name, served, widths, title) in zip((left, right), LATENCIES, strict=True):
         over_milliseconds(axis, net, study(name), served, widths)
         axis.set_title(title)
-    right.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="lower right")
     figure.savefig(PAGE.parent / "evidence.svg", metadata={"Date": None})
     one_checkpoint()
     PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
