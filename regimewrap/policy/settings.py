@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
@@ -52,6 +53,12 @@ def percent_hint(name: str, value: object) -> str:
     return ""
 
 
+#: Python's words in pydantic's messages, and what a reader of a file calls it.
+_WORDS = {
+    r"a valid tuple": "a list",
+    r"a valid dictionary( or (instance of \w+|object to extract fields from))?": "a mapping",
+    r"^(Tuple|Dictionary) should have (.*?)( after validation, not \d+)?$": r"Input should have \2",
+}
 _PYDANTICS = frozenset(dir(BaseModel))
 
 
@@ -161,6 +168,8 @@ def _explained_problem(problem: Mapping[str, Any], root: dict[str, Any], title: 
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     path, node, parent = _locate(root, problem["loc"])
     name, message = ".".join(path) or title, problem["msg"]
+    for words, ours in _WORDS.items():
+        message = re.sub(words, ours, message)
     if kind == "extra_forbidden":
         known = list(parent.get("properties", {}))
         mend = f"{nearest(path[-1], known)} Settings: {', '.join(known)}."
@@ -177,7 +186,7 @@ def _explained_problem(problem: Mapping[str, Any], root: dict[str, Any], title: 
     if kind in ("value_error", "assertion_error"):
         return (name, f": {context['error']}", "") if path else ("", str(context["error"]), "")
     is_share = kind in ("less_than", "less_than_equal") and 1 in context.values() and path
-    mend = percent_hint(path[-1], value) if is_share else ""
+    mend = percent_hint(path[-1], value) if is_share and not path[-1].isdigit() else ""
     if kind == "literal_error":
         mend = nearest(value, context["expected"].replace(" or ", ", ").replace("'", "").split(", "))
     words = message.removeprefix("Input")

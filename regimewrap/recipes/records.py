@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -20,3 +22,12 @@ def device_text(device: torch.device) -> str:
     if device.type == "cuda":
         return f"GPU, {torch.cuda.get_device_name(device)}"
     return f"{device.type.upper()}, {platform.machine() or 'unknown kind'}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -29,7 +29,7 @@ MISTAKES = [
     ({"cycle": {"strategy": {"decay": 0.9}}}, f"cycle.strategy.kind is missing; expected one of {KINDS}."),
     (
         {"cycle": {"strategy": "dense"}},
-        "cycle.strategy should be a valid dictionary or object to extract fields from; got 'dense'.",
+        "cycle.strategy should be a mapping; got 'dense'.",
     ),
     (
         {"cycle": {"strategy": {"kind": "constant"}}},
@@ -72,11 +72,11 @@ MISTAKES = [
     ({"cycle": {"smoothing": float("nan")}}, "cycle.smoothing should be a finite number; got nan."),
     ({"cycle": {"mode": "mini"}}, "cycle.mode should be 'min' or 'max'; got 'mini'. Did you mean 'min'?"),
     ({"cycle": {"monitor": ""}}, "cycle.monitor: String should have at least 1 character; got ''."),
-    ({"sites": {"include": "block.*"}}, "sites.include should be a valid tuple; got 'block.*'."),
+    ({"sites": {"include": "block.*"}}, "sites.include should be a list; got 'block.*'."),
     ({"sites": {"kinds": ["relu", 3]}}, "sites.kinds.1 should be a valid string; got 3."),
     ({"sites": {"multipliers": {"stem": -1}}}, "sites.multipliers.stem should be greater than 0; got -1."),
     ({"sites": {"multipliers": {"": 1}}}, "sites.multipliers.[key]: String should have at least 1 character; got ''."),
-    ({"sites": 3}, "sites should be a valid dictionary or instance of SitePolicy; got 3."),
+    ({"sites": 3}, "sites should be a mapping; got 3."),
     ({"schema_version": 3}, "schema_version: expected 2, or 1, which is migrated; got 3."),
     ({"cycle": {"full_share": 1}}, "cycle.full_share should be less than 1; got 1."),
     ({"cycle": {"full_share": -0.1}}, "cycle.full_share should be greater than or equal to 0; got -0.1."),

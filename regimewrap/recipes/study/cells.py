@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import platform
 import re
 import time
 import traceback
@@ -24,7 +23,7 @@ from regimewrap.errors import DataError, MissingExtraError, PolicyError
 from regimewrap.files import differences, write_whole
 from regimewrap.policy.policy import CyclePolicy
 from regimewrap.policy.settings import Natural, Ratio, Settings
-from regimewrap.recipes.records import device_text, versions
+from regimewrap.recipes.records import device_text, processor, versions
 from regimewrap.recipes.study.arms import ARMS, RECIPE, trial
 from regimewrap.recipes.study.outcomes import make
 from regimewrap.recipes.study.spec import FIRST_TRIAL_SEED, Characters, Study, Task
@@ -170,7 +169,7 @@ def write_cell(cell: Cell, path: Path, figures: dict[str, Any], seconds: float) 
         DataError: it cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = {**versions(), "device": device_text(device), "processor": _processor(), "seconds": round(seconds, 1)}
+    made = {**versions(), "device": device_text(device), "processor": processor(), "seconds": round(seconds, 1)}
     record = {"cell": cell.model_dump(mode="json"), "figures": figures, "made": made}
     text = json.dumps(_without_nan(record), indent=1)
     # A point of a trace on one line.
@@ -213,7 +212,7 @@ def read_cells(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 def open_folder(study: Study, folder: Path) -> Study:
     """Make a study's folder, or check that it is this study's, and return the study with all that lies there.
 
-    A folder may grow: more arms, seeds and tasks.
+    A folder may grow: more arms, seeds and tasks. One without cells takes any study.
 
     Raises:
         DataError: it belongs to another study, or cannot be written.
@@ -223,7 +222,7 @@ def open_folder(study: Study, folder: Path) -> Study:
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error.strerror}. Choose another folder with --out.") from error
     with _lock(folder / "study.json", wait=True):
-        if (folder / "study.json").exists():
+        if (folder / "study.json").exists() and any((folder / "cells").glob("*.json")):
             study = _grown(folder_study(folder), study, folder)
         write_whole(folder / "study.json", study.model_dump_json(indent=1) + "\n")
     return study
@@ -250,7 +249,7 @@ def _grown(there: Study, study: Study, folder: Path) -> Study:
 
     def fixed(each: Study) -> dict[str, Any]:
         tasks = {name: each.tasks[name].model_dump(mode="json") for name in shared}
-        return {"name": each.name, "budgets": list(each.budgets), "tasks": tasks}
+        return {**each.model_dump(mode="json", include={"name", "budgets", "trials"}), "tasks": tasks}
 
     if found := "; ".join(differences(fixed(there), fixed(study))).replace(" in the state", " in the folder"):
         raise DataError(f"{folder} belongs to another study: {found}. Choose another folder with --out.")
@@ -278,14 +277,6 @@ def _lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
                 name.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{path.parent} cannot be written: {error.strerror or error}.") from error
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _without_nan(value: Any) -> Any:

@@ -66,11 +66,14 @@ def run(
         if isinstance(executor, Processes | Together):
             executor.stop()
     if progress.elsewhere:
-        typer.echo(f"{progress.elsewhere} cells are being made by another run; run again when that has ended.")
+        typer.echo(f"{_cells(len(progress.elsewhere))} in the making by another run; run again when that has ended.")
     if progress.failed:
-        typer.echo(f"{len(progress.failed)} cells failed; their errors are in {folder / 'failed'}.", err=True)
+        typer.echo(f"{_cells(len(progress.failed))} failed; the errors are in {folder / 'failed'}.", err=True)
         return 2
-    typer.echo(f"{progress.done} cells made; see regimewrap study report {folder}")
+    meanwhile = progress.done - progress.made - len(progress.elsewhere)
+    others = f", {meanwhile} by another run" if meanwhile else ""
+    made = f"{_cells(progress.made)} made{others}" if progress.done else "All cells are there"
+    typer.echo(f"{made}; see regimewrap study report {folder}")
     return 0
 
 
@@ -92,8 +95,10 @@ def verify(
     data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
 ) -> int:
     """Make a few cells again and say whether they reproduce. Changes nothing."""
-    from regimewrap.recipes.study.verify import verify_cells
+    from regimewrap.recipes.study.verify import problems_in, verify_cells
 
+    for problem in problems_in(folder):
+        typer.echo(f"left out: {problem}", err=True)
     wrong = 0
     for check in verify_cells(folder, cells, seed, data):
         wrong += not check.alike
@@ -107,6 +112,10 @@ def _say(cell: Cell, said: str, progress: Progress) -> None:
     trial = "trial " if cell.part == "validation" else ""
     what = f"{cell.name}  {cell.arm}  {trial}seed {cell.seed}  {said}"
     typer.echo(f"{progress.done:>{width}}/{progress.total}  {what}  {_time(progress.seconds_left)} left")
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'s' * (count != 1)}"
 
 
 def _time(seconds: float) -> str:

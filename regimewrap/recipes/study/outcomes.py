@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regimewrap import at_keep_ratio, calibrate, recalibrate_batchnorm, unwrap, watch, wrap
+from regimewrap.errors import DataError
 from regimewrap.recipes.study.arms import ARMS
 from regimewrap.recipes.study.nets import build, fitting_width, multiply_adds, parameters
 from regimewrap.recipes.study.spec import Characters
@@ -148,7 +150,8 @@ def _corrupted(model: nn.Module, data: Data) -> dict[str, dict[str, float]]:
         with at_keep_ratio(judge, budget):
             for kind, x in kinds.items():
                 logits = torch.cat([judge(part.to(_device(judge))).cpu() for part in torch.split(x, _BATCH)])
-                out.setdefault(kind, {})[f"{budget:g}"] = float((logits.argmax(-1) == y).float().mean())
+                right = (logits.argmax(-1) == y).float().mean() if logits.isfinite().all() else math.nan
+                out.setdefault(kind, {})[f"{budget:g}"] = float(right)
     return out
 
 
@@ -158,7 +161,11 @@ def _post_hoc(model: nn.Module, data: Data, task: Any, budgets: tuple[float, ...
     wrap(model, dense_policy(task))
     model.eval()
     x = data.ready(data.x[:_CALIBRATION]).to(_device(model))
-    calibration = calibrate(model, [x], keep_ratios=budgets)
+    try:
+        calibration = calibrate(model, [x], keep_ratios=budgets)
+    except DataError:  # activations that are not finite: the training broke
+        unwrap(model)
+        return {name: {f"{budget:g}": math.nan for budget in budgets} for name in out}
     for budget in budgets:
         judge = _recalibrated(model, data, budget)
         calibration.apply(judge, budget)
@@ -195,6 +202,8 @@ def _batches(model: nn.Module, data: Data, inputs: Tensor) -> Iterator[Tensor]:
 
 def _figures(logits: Tensor, y: Tensor) -> dict[str, float]:
     logits, y = logits.flatten(0, -2), y.flatten()
+    if not logits.isfinite().all():  # a network that broke has no guess; the largest of NaN is the first class
+        return dict.fromkeys(("accuracy", "nll", "ece"), math.nan)
     share, guess = logits.softmax(-1).max(-1)
     right = (guess == y).double()
     bins = (share * _BINS).long().clamp(0, _BINS - 1)

@@ -82,7 +82,7 @@ def _task(study: Study, task: TaskFigures) -> Iterable[str]:
     settings = study.tasks[task.name].model_dump(mode="json", exclude_defaults=True)
     training = settings.pop("training")
     said = ", ".join(f"{key} {_setting(value)}" for key, value in {**settings, **training}.items())
-    unit = "nats a character, less is better" if task.outcome == "nll" else "accuracy in %"
+    unit = "nats a character, less is better, equal within ±0.005" if task.outcome == "nll" else "accuracy in %"
     yield f"{said}. Figures: {unit}, mean ± standard deviation over seeds at keep ratio. {_KEY}."
     yield ""
     yield f"![{task.name}]({task.name}.svg)"
@@ -134,10 +134,8 @@ def _made_on(record: dict[str, object]) -> str:
 
 
 def _spread(found: Spread, task: TaskFigures) -> str:
-    if found.mean is None:
-        return "–"
     scale, digits = (1.0, 3) if task.outcome == "nll" else (100.0, 1)
-    text = f"{scale * found.mean:.{digits}f}"
+    text = "–" if found.mean is None else f"{scale * found.mean:.{digits}f}"
     deviation = found.deviation
     text += f" ± {scale * deviation:.{digits}f}" if deviation is not None else ""
     return text + (f" ({found.lost} broke)" if found.lost else "")

@@ -14,15 +14,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from regimewrap.errors import DataError, MissingExtraError, RegimewrapError
 from regimewrap.recipes.study.cells import choice, final_cell, keep_failure, make_file, read_cells, trial_cells
+from regimewrap.recipes.study.spec import pick
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from multiprocessing.connection import Connection
-    from pathlib import Path
 
     from regimewrap.recipes.study.cells import Cell
     from regimewrap.recipes.study.spec import Study
@@ -40,12 +41,16 @@ class Submits(Protocol):
 @final
 @dataclass
 class Progress:
-    """How far a run is: cells of this call that are ``done``, of how many, and how many ``failed``."""
+    """How far a run is: cells that are ``done`` with, of how many.
+
+    They were ``made`` here, ``failed``, are being made ``elsewhere``, or were made there meanwhile.
+    """
 
     total: int
     done: int = 0
+    made: int = 0
     failed: list[str] = field(default_factory=list)
-    elsewhere: int = 0
+    elsewhere: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -82,14 +87,18 @@ def run_study(
 
     Raises:
         DataError: files in the folder are not whole cells; or the data or the folder cannot be used.
+        PolicyError: the study has no such arm or task.
     """
-    arms, tasks = arms or study.arms, tasks or tuple(study.tasks)
+    folder = Path(folder)
+    arms = study.arms if arms is None else pick(study.arms, ",".join(arms), "arm")
+    tasks = tuple(study.tasks) if tasks is None else pick(study.tasks, ",".join(tasks), "task")
     trials = [cell for task in tasks for arm in arms for cells in trial_cells(study, task, arm) for cell in cells]
     there = _checked(folder)
     progress = Progress(_count(study, arms, tasks, trials, there, at_most))
     _make(trials, there, folder, executor, data, progress, on_cell)
     there = _checked(folder) if trials else there
     _make(finals(study, arms, tasks, there), there, folder, executor, data, progress, on_cell)
+    progress.elsewhere = [name for name in progress.elsewhere if not (folder / "cells" / name).exists()]
     return progress
 
 
@@ -145,7 +154,9 @@ def _make(
             future, cell = waiting.pop(name)
             said = _answer(future, cell, str(folder))
             progress.done += 1
-            progress.elsewhere += said == "elsewhere"
+            progress.made += said == "made"
+            if said == "elsewhere":
+                progress.elsewhere.append(cell.file)
             if said.startswith("failed"):
                 progress.failed.append(cell.file)
             on_cell(cell, said, progress)
@@ -242,7 +253,10 @@ def executor_for(where: str, workers: int, folder: Path) -> Submits:
         except ImportError:
             raise MissingExtraError("distributed", "study") from None
         client: Any = Client
-        executor: Submits = client(rest).get_executor()
+        try:
+            executor: Submits = client(rest).get_executor()
+        except (OSError, ValueError) as error:
+            raise DataError(f"no dask scheduler can be used at {rest}: {' '.join(str(error).split())}") from None
         return executor
     raise DataError(
         f"--on must be local, slurm, slurm:partition=NAME,timeout_min=90 or dask:tcp://HOST:8786; got {where!r}."
@@ -255,9 +269,20 @@ def _slurm(options: str, workers: int, folder: Path) -> Submits:
     except ImportError:
         raise MissingExtraError("submitit", "study") from None
     executor = submitit.AutoExecutor(folder=os.fspath(folder / "slurm"))
-    settings = dict(pair.split("=", 1) for pair in options.split(",") if "=" in pair)
-    named = {f"slurm_{name}" if name == "partition" else name: value for name, value in settings.items()}
+    pairs = [pair.partition("=") for pair in options.split(",") if pair]
+    named = {f"slurm_{name}" if name == "partition" else name: value for name, _, value in pairs}
     numbers = {name: int(value) if value.isdigit() else value for name, value in named.items()}
-    executor.update_parameters(**{"cpus_per_task": 1, "slurm_array_parallelism": workers, **numbers})
+    try:
+        if not all(named.values()):
+            raise ValueError("each option has a value, as in partition=gpu")
+        executor.update_parameters(**{"cpus_per_task": 1, "slurm_array_parallelism": workers, **numbers})
+    except (
+        AssertionError,
+        NameError,
+        TypeError,
+        ValueError,
+    ) as error:  # submitit's words for a name or a value it does not know
+        said = " ".join(str(error).split())
+        raise DataError(f"--on slurm: {options!r} cannot be used: {said} (submitit's own options).") from None
     submits: Submits = executor
     return submits

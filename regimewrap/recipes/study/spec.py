@@ -7,13 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self, final
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from regimewrap.errors import DataError, PolicyError
 from regimewrap.files import nearest, shown
+from regimewrap.policy.reading import parse_yaml
 from regimewrap.policy.settings import Count, NonNegative, Positive, Ratio, Settings, Weight
 from regimewrap.recipes.study.arms import ARMS
+from regimewrap.recipes.wide_resnet import parse_arch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,6 +67,13 @@ class Images(Settings):
     norm: Literal["rms", "batch"] = Field("rms", description="Normalisation layers.")
     training: Training
 
+    @field_validator("arch")
+    @classmethod
+    def _buildable(cls, arch: str) -> str:
+        if arch.startswith("wrn-"):
+            parse_arch(arch)
+        return arch
+
 
 @final
 class Characters(Settings):
@@ -101,7 +109,9 @@ class Study(Settings):
     name: Name = Field(description="What the report is called.")
     arms: tuple[str, ...] = Field(min_length=1, description="Names of arms; dense must be among them.")
     seeds: Count = Field(8, le=10_000, description="Final runs of each arm and task, with seeds 0, 1, ...")
-    budgets: tuple[Ratio, ...] = Field((1.0, 0.5, 0.2, 0.1, 0.05), description="Keep ratios to evaluate at.")
+    budgets: tuple[Ratio, ...] = Field(
+        (1.0, 0.5, 0.2, 0.1, 0.05), min_length=1, description="Keep ratios to evaluate at."
+    )
     trials: Trials = Field(default_factory=lambda: Trials())
     tasks: dict[Name, Task] = Field(min_length=1, description="Tasks by name.")
     cost: str = Field("", description="What the study takes, in words, shown before it runs.")
@@ -124,7 +134,10 @@ class Study(Settings):
             raise ValueError(f"budgets must start with 1 and fall, such as 1, 0.5, 0.1; got {shown(self.budgets)}.")
         for name in (self.name, *self.tasks):
             if not _FILE_NAME.fullmatch(name):
-                raise ValueError(f"names are of a-z, 0-9, hyphens and dots, for they name files; got {shown(name)}.")
+                raise ValueError(
+                    "names of a study and its tasks are of a-z, 0-9, hyphens and dots, for they name files; "
+                    f"got {shown(name)}."
+                )
         for name, task in self.tasks.items():
             if isinstance(task, Characters) and task.activation != "relu" and "l1" in self.arms:
                 raise ValueError(f"tasks.{name}: arm l1 needs activation relu, whose units are exactly zero or not.")
@@ -141,6 +154,8 @@ def load_study(where: str) -> Study:
     shipped = {each.name.removesuffix(".yaml"): each for each in _shipped()}
     source = shipped.get(where) or Path(where)
     try:
+        if not where:
+            raise DataError(f"no study was named. Built in: {', '.join(shipped)}.")
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -148,9 +163,9 @@ def load_study(where: str) -> Study:
         known = ", ".join(shipped)
         raise DataError(f"{where}: no study can be read here: {reason}.{hint} Built in: {known}.") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{where}: this is not YAML: {' '.join(str(error).split())}") from None
+        data = parse_yaml(text)
+    except PolicyError as error:
+        raise PolicyError(f"{where}: {error}") from None
     if not isinstance(data, dict):
         raise PolicyError(f"{where}: a study is a mapping ({', '.join(Study.model_fields)}); got {shown(data)}.")
     try:
@@ -166,7 +181,9 @@ def pick(names: Iterable[str], asked: str | None, what: str) -> tuple[str, ...]:
         PolicyError: it asks for another.
     """
     known = tuple(names)
-    wanted = known if asked is None else [each.strip() for each in asked.split(",") if each.strip()]
+    wanted = known if asked is None else tuple(each.strip() for each in asked.split(",") if each.strip())
+    if not wanted:
+        raise PolicyError(f"no {what} was named; the study has {', '.join(known)}.")
     for name in wanted:
         if name not in known:
             near = nearest(name, known)

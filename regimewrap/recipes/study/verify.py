@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from statistics import stdev
 from typing import TYPE_CHECKING, Any, final
 
 from regimewrap.errors import DataError
-from regimewrap.recipes.records import versions
+from regimewrap.recipes.records import processor, versions
 from regimewrap.recipes.study.arms import RECIPE
 from regimewrap.recipes.study.cells import Cell, read_cells
 from regimewrap.recipes.study.outcomes import make
@@ -32,6 +33,11 @@ class Check:
     text: str
 
 
+def problems_in(folder: Path) -> list[str]:
+    """Return a line for each file among a folder's cells that is not a whole cell."""
+    return read_cells(folder)[1]
+
+
 def verify_cells(folder: Path, count: int, seed: int = 0, data: Path | None = None) -> Iterator[Check]:
     """Make ``count`` cells again, drawn with ``seed``, and compare them with the files.
 
@@ -52,17 +58,24 @@ def verify_cells(folder: Path, count: int, seed: int = 0, data: Path | None = No
 
 def _compared(name: str, there: dict[str, Any], here: dict[str, Any], records: dict[str, dict[str, Any]]) -> Check:
     old, new = there["figures"]["accuracy"], here["accuracy"]
-    if old == new and there["figures"]["nll"] == here["nll"]:
+    if _same(old, new) and _same(there["figures"]["nll"], here["nll"]):
         return Check(name, equal=True, alike=True, text="equal to the last bit")
     spreads = {budget: _spread(there, records, budget) for budget in old}
     budget = max(old, key=lambda each: abs(new[each] - old[each]) - spreads[each])
     alike = all(abs(new[each] - old[each]) <= _SPREADS * spreads[each] for each in old)
-    others = [f"{what} {theirs}" for what, ours in versions().items() if (theirs := there["made"].get(what)) != ours]
-    where = f" (made with {', '.join(others)})" if others else ""
+    ours = {**versions(), "processor": processor()}
+    others = [f"{what} {theirs}" for what, mine in ours.items() if (theirs := there["made"].get(what)) != mine]
+    where = f"made with {', '.join(others)}" if others else "though versions and processor are the same"
     points = 100 * (new[budget] - old[budget])
-    size = f"accuracy at keep ratio {budget} differs by {points:+.2f} points{where}"
+    size = f"accuracy at keep ratio {budget} differs by {points:+.2f} points ({where})"
     allowed = f"{_SPREADS} standard deviations over seeds are {100 * _SPREADS * spreads[budget]:.2f}"
     return Check(name, equal=False, alike=alike, text=f"{size}; {allowed}")
+
+
+def _same(old: dict[str, float], new: dict[str, float]) -> bool:
+    """Say whether figures are equal to the last bit; those of a network that broke are no numbers."""
+    both = [(value, new[budget]) for budget, value in old.items()]
+    return all(first == second or (math.isnan(first) and math.isnan(second)) for first, second in both)
 
 
 def _spread(like: dict[str, Any], records: dict[str, dict[str, Any]], budget: str) -> float:

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from regimewrap.errors import DataError, RegimewrapError
+from regimewrap.errors import DataError, PolicyError, RegimewrapError
 from regimewrap.recipes.study import cells as cells_module
 from regimewrap.recipes.study.cells import choice, final_cell, make_file, open_folder, read_cells, trial_cells
+from regimewrap.recipes.study.page import write_study_report
 from regimewrap.recipes.study.runner import Processes, run_study
+from regimewrap.recipes.study.verify import verify_cells
 
 from .conftest import Here, figures_of
 
@@ -143,16 +145,24 @@ def test_a_file_that_is_no_whole_cell_is_named_and_left_alone(digits, tmp_path, 
 
 
 def test_a_folder_of_another_study_is_refused_with_the_difference(digits, tmp_path):
-    open_folder(digits, tmp_path)
+    run_study(open_folder(digits, tmp_path), tmp_path, Here(), at_most=1)
     with pytest.raises(DataError, match=r"name is 'tiny' in the folder and 'other' here"):
         open_folder(digits.replace(name="other"), tmp_path)
     changed = digits.replace(tasks={"digits": digits.tasks["digits"].replace(train_samples=50)})
     with pytest.raises(DataError, match=r"train_samples is 40 in the folder and 50 here.*--out"):
         open_folder(changed, tmp_path)
+    with pytest.raises(DataError, match=r"trials.count is 1 in the folder and 3 here"):
+        open_folder(digits.replace(trials={"count": 3}), tmp_path)
+
+
+def test_a_folder_without_cells_takes_a_spec_that_was_mended(digits, tmp_path):
+    open_folder(digits, tmp_path)
+    mended = digits.replace(tasks={"digits": digits.tasks["digits"].replace(train_samples=50)})
+    assert open_folder(mended, tmp_path) == mended
 
 
 def test_a_folder_grows_by_arms_seeds_and_tasks(study, digits, tmp_path):
-    open_folder(study, tmp_path)
+    run_study(open_folder(study, tmp_path), tmp_path, Here(), at_most=1)
     grown = open_folder(digits.replace(arms=("dense", "dropout"), seeds=9), tmp_path)
     assert grown.arms == ("dense", "dropout", "weight-decay")
     assert (grown.seeds, set(grown.tasks)) == (9, {"text", "digits"})
@@ -177,6 +187,7 @@ def test_two_runs_side_by_side_make_each_cell_once(digits, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(run_study, digits, tmp_path, here) for _ in range(2)]
     assert [run.result().failed for run in runs] == [[], []]
+    assert sum(run.result().made for run in runs) == 16
     assert len({cell.file for cell in here.made}) == len(here.made) == 16
     assert len(names(tmp_path)) == 16
 
@@ -190,6 +201,36 @@ def test_a_cell_that_another_process_makes_now_is_left_to_it(digits, tmp_path):
     assert make_file(cell, str(tmp_path), None, lambda cell, _: figures_of(cell)) == "made"
     assert make_file(cell, str(tmp_path), None, lambda cell, _: figures_of(cell)) == "there"
     assert len(list((tmp_path / "cells").iterdir())) == 1  # the lock has gone
+
+
+def test_what_another_run_has_not_finished_is_named(digits, tmp_path):
+    open_folder(digits, tmp_path)
+    cell = final_cell(digits, "digits", "dense", 0, 0.05, None)
+    with cells_module._lock(tmp_path / "cells" / cell.file):
+        progress = run_study(digits, tmp_path, Here())
+    assert (progress.done, progress.made, progress.elsewhere) == (4, 3, [cell.file])
+
+
+def test_a_network_that_breaks_is_a_cell_like_others(digits, tmp_path):
+    broken = digits.replace(tasks={"digits": digits.tasks["digits"].replace(training={"lr": 1e30})})
+    with ThreadPoolExecutor(1) as pool:
+        progress = run_study(open_folder(broken, tmp_path), tmp_path, pool, arms=["dense"])
+    assert (progress.made, progress.failed) == (2, [])
+    records, _ = read_cells(tmp_path)
+    for record in records.values():
+        assert math.isnan(record["figures"]["accuracy"]["1"])
+        assert math.isnan(record["figures"]["post-hoc"]["accuracy"]["0.1"])
+        assert math.isnan(record["figures"]["corrupted"]["noise"]["1"])
+    assert all(check.equal for check in verify_cells(tmp_path, 1))
+    assert "(2 broke)" in write_study_report(tmp_path)
+
+
+def test_an_arm_or_task_that_the_study_lacks_is_named(digits, tmp_path):
+    open_folder(digits, tmp_path)
+    with pytest.raises(PolicyError, match="no arm called 'zz'"):
+        run_study(digits, tmp_path, Here(), arms=["zz"])
+    with pytest.raises(PolicyError, match="no task called 'digit'"):
+        run_study(digits, tmp_path, Here(), tasks=["digit"])
 
 
 def _die() -> None:

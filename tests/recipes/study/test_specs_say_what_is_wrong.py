@@ -11,6 +11,7 @@ from regimewrap.recipes.study.spec import FIRST_TRIAL_SEED, Study, load_study, p
 
 from .conftest import TINY
 
+TRAINING = {"steps": 1, "batch_size": 1, "lr": 0.1}
 SPECS = Path(__file__).parents[3] / "docs" / "evidence" / "specs"
 
 
@@ -28,7 +29,13 @@ def spec(tmp_path, **changes) -> str:
         ({"arms": ["dense", "dense"]}, "named twice"),
         ({"seds": 3}, "seds is not a setting; got 3. Did you mean 'seeds'?"),
         ({"budgets": [0.5, 0.1]}, "budgets must start with 1 and fall"),
-        ({"tasks": {}}, "tasks: Dictionary should have at least 1 item"),
+        ({"tasks": {}}, "tasks should have at least 1 item; got {}."),
+        ({"budgets": []}, "budgets should have at least 1 item"),
+        ({"arms": "dense"}, "arms should be a list; got 'dense'"),
+        (
+            {"tasks": {"a": {"kind": "images", "data": "digits", "arch": "wrn-11-1", "training": TRAINING}}},
+            "Nearest: 10",
+        ),
         ({"tasks": {"a": {"kind": "mnist2d"}}}, "Did you mean 'mnist1d'?"),
         ({"tasks": {"a": {"kind": "mnist1d", "training": {"steps": 0}}}}, "tasks.a.training.steps should be"),
         ({"tasks": {"a/b": TINY["tasks"]["text"]}}, "a/b"),
@@ -42,7 +49,15 @@ def test_each_mistake_is_named_with_the_file(tmp_path, changes, said):
     assert all(line.startswith(str(tmp_path)) for line in str(caught.value).splitlines())
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [", "not YAML"), ("- 1", "a study is a mapping"), ("", "a mapping")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "a study is a mapping"),
+        ("", "a mapping"),
+        ("seeds: 1\nseeds: 2", "'seeds' stands twice in one mapping: merge the two"),
+    ],
+)
 def test_a_file_that_is_no_study_is_said_to_be_none(tmp_path, text, said):
     (tmp_path / "spec.yaml").write_text(text)
     with pytest.raises(PolicyError, match=said):
@@ -52,10 +67,14 @@ def test_a_file_that_is_no_study_is_said_to_be_none(tmp_path, text, said):
 def test_a_name_near_a_built_in_study_is_suggested():
     with pytest.raises(DataError, match="Did you mean 'cifar10-paper'"):
         load_study("cifar10-papers")
+    with pytest.raises(DataError, match="no study was named"):
+        load_study("")
 
 
 def test_arms_and_tasks_asked_for_must_be_in_the_study():
     assert pick(["a", "b", "c"], "c,a", "arm") == ("a", "c")
+    with pytest.raises(PolicyError, match=r"no task was named; the study has a\."):
+        pick(["a"], " ,", "task")
     with pytest.raises(PolicyError, match=r"no arm called 'dens'. Did you mean 'dense'\?"):
         pick(["dense"], "dens", "arm")
 

@@ -53,6 +53,28 @@ def test_where_cells_are_made_is_one_of_three(tmp_path):
         executor_for("dask", 1, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("foo=1", "foo"), ("partition", "each option has a value"), ("timeout_min=soon", "timeout_min")],
+)
+def test_an_option_that_submitit_does_not_know_is_named(tmp_path, options, said):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    with pytest.raises(DataError, match=f"--on slurm: .*{said}"):
+        executor_for(f"slurm:{options}", 1, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scheduler_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
+
+    def refuses(_address):
+        raise TimeoutError("Timed out trying to connect")  # what the client raises after 30 seconds
+
+    monkeypatch.setattr(distributed, "Client", refuses)
+    with pytest.raises(DataError, match=r"no dask scheduler can be used at tcp://127.0.0.1:1: Timed out"):
+        executor_for("dask:tcp://127.0.0.1:1", 1, tmp_path)
+
+
 @pytest.mark.parametrize(("where", "package"), [("slurm", "submitit"), ("dask:tcp://host:1", "distributed")])
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, where, package):
     monkeypatch.setitem(sys.modules, package, None)
