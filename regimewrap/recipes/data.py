@@ -135,7 +135,8 @@ def _load_cifar10(limits: tuple[int | None, int | None], seed: int) -> ImageData
             parts.append((torch.from_numpy(data.data).permute(0, 3, 1, 2)[pick], labels[pick]))
             classes = tuple(data.classes)
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a damaged download
-        raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. Put it there yourself.") from error
+        mend = "Put torchvision's folder, cifar-10-batches-py, there yourself."
+        raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. {mend}") from error
     return _finish(parts[0], parts[1], classes, "CIFAR-10 from torchvision, its own split")
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regimewrap.errors import DataError, MissingExtraError
-from regimewrap.files import write_whole
+from regimewrap.files import nearest, write_whole
 from regimewrap.recipes.data import NAMED, load_data
 from regimewrap.recipes.study.spec import Images, Mnist1d
 
@@ -161,7 +161,8 @@ def _read_tree(path: Path) -> list[tuple[Tensor, Tensor]]:
     from PIL import Image
 
     if not path.exists():
-        raise DataError(f"data {path} doesn't exist; name its folder with --data.")
+        near = nearest(path.name, NAMED)
+        raise DataError(f"data {path} doesn't exist; name its folder with --data, or take {' or '.join(NAMED)}.{near}")
     try:
         root: Any = zipfile.Path(path) if path.is_file() else path  # alike in what is used here
         names = sorted(each.name for each in (root / "train").iterdir())
@@ -174,6 +175,8 @@ def _read_tree(path: Path) -> list[tuple[Tensor, Tensor]]:
                         array = bytearray(image.convert("RGB").tobytes())
                         pixels.append(torch.frombuffer(array, dtype=torch.uint8).view(image.height, image.width, 3))
                     labels.append(label)
+            if not pixels:
+                raise DataError(f"{path}: {split}/ holds no images in {', '.join(names) or 'any folder'}.")
             parts.append((torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)))
     except (OSError, zipfile.BadZipFile, RuntimeError, KeyError) as error:  # RuntimeError: images of several sizes
         what = f"expected a folder or zip with train/<class>/ and test/<class>/ of images of one size: {error}"
