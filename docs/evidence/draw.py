@@ -121,7 +121,18 @@ def table() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     counts = [each for arm in COLUMNS for each in (f"{held[arm]} of {asked[arm]}", "")]
     lines.append(f"| {' | '.join(['**no worse than dense on**', '', '', '', *counts])} |")
-    return "\n".join(lines) + "\n"
+    finals, trials = counts_of_files()
+    return (
+        "\n".join(lines)
+        + f"\n\n{finals:,} final trainings and {trials:,} trials are behind these studies, a file each.\n"
+    )
+
+
+def counts_of_files() -> tuple[int, int]:
+    """Return how many final cells and how many trials there are, of all studies."""
+    files = list(HERE.glob("*/cells/*.json"))
+    trials = sum("_trial-" in path.name for path in files)
+    return len(files) - trials, trials
 
 
 def mark(found: Difference, task: TaskFigures) -> str:

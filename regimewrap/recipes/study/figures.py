@@ -8,12 +8,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, final
 
 from regimewrap.recipes.study.arms import POSTHOC
+from regimewrap.recipes.study.cells import trial_cells
 from regimewrap.recipes.study.runner import finals
 from regimewrap.recipes.study.spec import Characters
 from regimewrap.report.statistics import EQUIVALENT, Difference, compared
 from regimewrap.report.summary import Spread, spread
 
 if TYPE_CHECKING:
+    from regimewrap.recipes.study.cells import Cell
     from regimewrap.recipes.study.spec import Study
 
 #: Nats a character that are as good as no difference, where text is the task.
@@ -28,13 +30,14 @@ OUTCOMES = {"accuracy": True, "nll": False, "ece": False}
 @final
 @dataclass(frozen=True)
 class TaskFigures:
-    """All finished runs of one task: arm to seed to a cell's figures."""
+    """All finished runs of one task: arm to seed to a cell's figures, and each arm's learning rate and own number."""
 
     name: str
     outcome: str
     equivalent: float
     budgets: tuple[str, ...]
     runs: dict[str, dict[int, dict[str, Any]]]
+    chosen: dict[str, str]
 
     @property
     def arms(self) -> list[str]:
@@ -117,8 +120,10 @@ def figures(study: Study, records: dict[str, dict[str, Any]]) -> tuple[list[Task
     tasks = []
     for name, task in study.tasks.items():
         runs: dict[str, dict[int, dict[str, Any]]] = {}
+        chosen: dict[str, str] = {}
         for cell in (each for each in done if each.name == name):
             found = records[cell.file]
+            chosen.setdefault(cell.arm, _chosen(study, cell))
             runs.setdefault(cell.arm, {})[cell.seed] = found["figures"] | {"seconds": found["made"]["seconds"]}
         text = isinstance(task, Characters)
         post_hoc = {seed: run["post-hoc"] for seed, run in runs.get("dense", {}).items() if "post-hoc" in run}
@@ -127,6 +132,18 @@ def figures(study: Study, records: dict[str, dict[str, Any]]) -> tuple[list[Task
             ordered[POSTHOC] = post_hoc
         budgets = tuple(f"{budget:g}" for budget in study.budgets)
         equivalent = EQUIVALENT_NATS if text else EQUIVALENT
-        tasks.append(TaskFigures(name, "nll" if text else "accuracy", equivalent, budgets, ordered))
+        tasks.append(TaskFigures(name, "nll" if text else "accuracy", equivalent, budgets, ordered, chosen))
     total = len(study.arms) * len(study.tasks) * study.seeds
     return tasks, Count(len(done), total, trials, len(records) - len(done) - trials)
+
+
+def _chosen(study: Study, cell: Cell) -> str:
+    """Return a cell's learning rate and own number, with a star at what is the least or the largest that was tried."""
+    tried = [cells[0] for cells in trial_cells(study, cell.name, cell.arm)]
+    shown = []
+    for value, others in ((cell.lr, [each.lr for each in tried]), (cell.knob, [each.knob for each in tried])):
+        if value is not None:
+            numbers = [other for other in others if other is not None]
+            edge = "*" if numbers and value in (min(numbers), max(numbers)) else ""
+            shown.append(f"{value:g}{edge}")
+    return ", ".join(shown)

@@ -65,7 +65,7 @@ def _page(
         "Nothing was tuned: each arm has the spec's learning rate and its own default number."
         if trials.count == 1
         else f"Each arm's learning rate and own number were chosen by {trials.count} trials on a validation set, "
-        f"with {trials.seeds} seed{'s' * (trials.seeds > 1)} that no final run has."
+        f"with {trials.seeds} seed{'s' * (trials.seeds > 1)} that no final run has; a star: the edge of what was tried."
     )
     read = "The test set was read once, after the last update."
     lines += ["", f"{TIE_RULE} {tuned} {read} Made on: {'; '.join(made)}."]
@@ -89,6 +89,7 @@ def _task(study: Study, task: TaskFigures) -> Iterable[str]:
     yield ""
     heads = ["arm", "seeds", *task.budgets, "difference at 1", "lowest budget within 1 % of dense", "worst seed at 1"]
     heads += ["NLL at 1", "ECE at 1", "corrupted at 1", "corrupted at 0.1", "gates bound", "seconds"]
+    heads += ["learning rate, own number"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     found = {budget: task.compared(budget) for budget in task.budgets}
@@ -105,6 +106,7 @@ def _task(study: Study, task: TaskFigures) -> Iterable[str]:
         cells += [_percent(task.spread(arm, task.budgets[0], "ece").mean)]
         cells += [_percent(task.corrupted(arm, "1")), _percent(task.corrupted(arm, "0.1"))]
         cells += [_percent(task.mean_of(arm, "bound")), _plain(task.mean_of(arm, "seconds"), 0)]
+        cells += [task.chosen.get(arm, "")]
         yield f"| {' | '.join(cells)} |"
     yield ""
     for budget in (task.budgets[0], "0.1"):

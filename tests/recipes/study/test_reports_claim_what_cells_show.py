@@ -5,7 +5,7 @@ import json
 import pytest
 
 from regimewrap.errors import DataError
-from regimewrap.recipes.study.cells import open_folder, read_cells
+from regimewrap.recipes.study.cells import open_folder, read_cells, trial_cells
 from regimewrap.recipes.study.figures import figures
 from regimewrap.recipes.study.page import write_study_report
 from regimewrap.recipes.study.runner import run_study
@@ -43,6 +43,18 @@ def test_the_page_says_above_tie_and_unknown_as_interval_and_test_allow(folder):
     assert "| weight-decay | 8 | 85.0 ± 0.0 ▲ | 35.0 ± 0.0 ▲ |" in page
     assert (folder / "report.md").read_text() == page
     assert (folder / "digits.svg").read_text().startswith("<?xml")
+
+
+def test_the_page_says_what_trials_chose_and_where_that_is_the_edge(digits, tmp_path):
+    study = digits.replace(arms=("dense", "dropout"), seeds=1, trials={"count": 3})
+    rates = sorted({cells[0].lr for cells in trial_cells(study, "digits", "dense")})
+    middle = {"dense": rates[0], "dropout": study.tasks["digits"].training.lr}
+    here = Here(lambda cell, _: figures_of(cell, 0.9 if cell.lr == middle[cell.arm] else 0.5))
+    run_study(open_folder(study, tmp_path), tmp_path, here)
+    page = write_study_report(tmp_path)
+    assert f" | {rates[0]:g}* |" in page
+    assert " | 0.05, 0.1 |" in page
+    assert "a star: the edge of what was tried" in page
 
 
 def test_a_report_is_the_same_when_it_is_made_again(folder):
