@@ -47,7 +47,7 @@ LATENCIES = (
         "MLP, accuracy in %",
     ),
 )
-ARMS = {"mixed": "C0", "mixed-always": "C9", "fixed-0.1": "C1", "accuracy-reset": "C2", "weight-decay": "C3"}
+ARMS = {"mixed": "C0", "mixed-always": "C9", "fixed-0.1": "C1", "accuracy-reset": "C2", "l1": "C3"}
 #: Rows of the table.
 TASKS = (
     ("mnist1d", "plain", "MNIST-1D"),
@@ -69,6 +69,7 @@ TASKS = (
 COLUMNS = {
     "mixed": "`mixed`, the default",
     "mixed-always": "without resting",
+    "l1": "L1 on activations",
     "accuracy-reset": "as published",
     "fixed-0.1": "0.1 throughout",
 }
@@ -115,7 +116,7 @@ def table() -> str:
             full, low = found["1"][arm], found["0.1"][arm]
             asked[arm] += 1
             held[arm] += full.holds(task.equivalent)
-            interval = f" [{scale * full.low:+.{digits}f}, {scale * full.high:+.{digits}f}]"
+            interval = f" [{scale * full.low:+.{digits}f}, {scale * full.high:+.{digits}f}]" if "mixed" in arm else ""
             cells.append(f"{scale * full.mean:+.{digits}f}{interval}{mark(full, task)}")
             cells.append(f"{scale * low.mean:+.{digits}f}{mark(low, task)}")
         lines.append(f"| {' | '.join(cells)} |")
