@@ -101,7 +101,7 @@ ARMS: dict[str, Arm] = {
         units="not-largest",
         knob=Knob("rate", 0.02, 0.002, 0.2),
     ),
-    "l1": Arm("Dense, with an L1 penalty on activations whose weight brings them to a density of 0.1.", loss="l1"),
+    "l1": Arm("Dense, with an L1 penalty on activations whose weight moves towards a density of 0.1.", loss="l1"),
     "sandwich": Arm(
         "Three passes an update: full budget, 0.05 and a random one; the two learn from the full one's outputs.",
         loss="sandwich",
@@ -112,7 +112,7 @@ ARMS: dict[str, Arm] = {
     "sawtooth": Arm("The keep ratio from 1 to 0.05 in cycles, for the whole batch.", _preset("sawtooth", 0.0)),
     "sawtooth-half": Arm("The same for half of the batch; the other half dense.", _preset("sawtooth", 0.5)),
     "random-sawtooth": Arm(
-        "As sawtooth, but the units that survive are drawn; nothing else differs.",
+        "As sawtooth, but the units that survive are drawn, zeros among them, and none is scaled.",
         _preset("sawtooth", 0.0),
         units="random",
     ),
@@ -126,7 +126,7 @@ ARMS: dict[str, Arm] = {
     ),
     "mixed-always": Arm("As mixed, but at every update.", _mixed_always),
     "random-mixed": Arm(
-        "As mixed-always, but the units that survive are drawn; nothing else differs.",
+        "As mixed-always, but the units that survive are drawn, zeros among them, and none is scaled.",
         _mixed_always,
         units="random",
     ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from regimewrap.recipes.study.arms import POSTHOC
 from regimewrap.recipes.study.cells import trial_cells
 from regimewrap.recipes.study.runner import finals
-from regimewrap.recipes.study.spec import Characters
+from regimewrap.recipes.study.spec import Characters, Images
 from regimewrap.report.statistics import EQUIVALENT, Difference, compared
 from regimewrap.report.summary import Spread, spread
 
@@ -126,9 +126,10 @@ def figures(study: Study, records: dict[str, dict[str, Any]]) -> tuple[list[Task
             chosen.setdefault(cell.arm, _chosen(study, cell))
             runs.setdefault(cell.arm, {})[cell.seed] = found["figures"] | {"seconds": found["made"]["seconds"]}
         text = isinstance(task, Characters)
+        batchnorm = isinstance(task, Images) and task.norm == "batch"
         post_hoc = {seed: run["post-hoc"] for seed, run in runs.get("dense", {}).items() if "post-hoc" in run}
         ordered = {arm: runs[arm] for arm in ("dense", *study.arms) if arm in runs}
-        if post_hoc:
+        if post_hoc and not batchnorm:  # older cells have thresholds from statistics of another budget
             ordered[POSTHOC] = post_hoc
         budgets = tuple(f"{budget:g}" for budget in study.budgets)
         equivalent = EQUIVALENT_NATS if text else EQUIVALENT

@@ -73,7 +73,7 @@ def make(cell: Cell, folder: Path | None = None, rank: int = 0, ranks: int = 1) 
     trained = train(model, data, setup)
     full = cell.part == "test"
     out = _judged(model, data, task, cell.budgets, corrupt=full)
-    if full and cell.arm == "dense":
+    if full and cell.arm == "dense" and not _has_batchnorm(model):
         out["post-hoc"] = _post_hoc(model, data, task, cell.budgets)
     return (
         out | _about(trained) | {"parameters": parameters(model, data), "multiply_adds": multiply_adds(fresh(), data)}
@@ -156,7 +156,10 @@ def _corrupted(model: nn.Module, data: Data) -> dict[str, dict[str, float]]:
 
 
 def _post_hoc(model: nn.Module, data: Data, task: Any, budgets: tuple[float, ...]) -> dict[str, dict[str, float]]:
-    """Cut a dense network's activations at thresholds found on training samples: the arm without training."""
+    """Cut a dense network's activations at thresholds found on training samples: the arm without training.
+
+    Not for BatchNorm, whose statistics depend on the cut and the cut on them.
+    """
     out: dict[str, dict[str, float]] = {"accuracy": {}, "nll": {}, "ece": {}}
     wrap(model, dense_policy(task))
     model.eval()
@@ -167,19 +170,22 @@ def _post_hoc(model: nn.Module, data: Data, task: Any, budgets: tuple[float, ...
         unwrap(model)
         return {name: {f"{budget:g}": math.nan for budget in budgets} for name in out}
     for budget in budgets:
-        judge = _recalibrated(model, data, budget)
-        calibration.apply(judge, budget)
+        calibration.apply(model, budget)
         with torch.no_grad():
-            figures = _figures(_logits(judge, data, data.test_x), data.test_y)
+            figures = _figures(_logits(model, data, data.test_x), data.test_y)
         for name, value in figures.items():
             out[name][f"{budget:g}"] = value
     unwrap(model)
     return out
 
 
+def _has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(module, BatchNorm) for module in model.modules())
+
+
 def _recalibrated(model: nn.Module, data: Data, budget: float) -> nn.Module:
     """Return the model, or a copy with BatchNorm statistics of this budget where it has any: for every arm alike."""
-    if not any(isinstance(module, BatchNorm) for module in model.modules()):
+    if not _has_batchnorm(model):
         return model
     judge = copy.deepcopy(model)
     batches = [data.ready(part) for part in torch.split(data.x[:_CALIBRATION], 128)]
