@@ -46,7 +46,7 @@ def parse_yaml(text: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader, and stricter
     except yaml.constructor.ConstructorError as error:
-        mend = " A policy is plain data: remove the tag." if "tag" in str(error.problem) else ""
+        mend = " Settings are plain data: remove the tag." if "tag" in str(error.problem) else ""
         raise PolicyError(f"this YAML cannot be used: {_yaml_reason(error)}.{mend}") from None
     except yaml.YAMLError as error:
         # A bare * or an anchor's name with *, as in include: [*], is an alias to YAML.

@@ -276,12 +276,7 @@ def _slurm(options: str, workers: int, folder: Path) -> Submits:
         if not all(named.values()):
             raise ValueError("each option has a value, as in partition=gpu")
         executor.update_parameters(**{"cpus_per_task": 1, "slurm_array_parallelism": workers, **numbers})
-    except (
-        AssertionError,
-        NameError,
-        TypeError,
-        ValueError,
-    ) as error:  # submitit's words for a name or a value it does not know
+    except (AssertionError, NameError, TypeError, ValueError) as error:  # all of these come from submitit
         said = " ".join(str(error).split())
         raise DataError(f"--on slurm: {options!r} cannot be used: {said} (submitit's own options).") from None
     submits: Submits = executor
