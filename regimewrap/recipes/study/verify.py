@@ -82,5 +82,5 @@ def _spread(like: dict[str, Any], records: dict[str, dict[str, Any]], budget: st
     """Return the standard deviation over the seeds of cells that differ from ``like`` in their seed alone."""
     key = {**like["cell"], "seed": None}
     same = [each for each in records.values() if each is not like and {**each["cell"], "seed": None} == key]
-    values = [each["figures"]["accuracy"][budget] for each in same]
+    values = [value for each in same if math.isfinite(value := each["figures"]["accuracy"][budget])]
     return stdev(values) if len(values) > 1 else _FEW_SEEDS

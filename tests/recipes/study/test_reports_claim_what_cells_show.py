@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from statistics import stdev
 
 import pytest
 
@@ -9,7 +11,7 @@ from regimewrap.recipes.study.cells import open_folder, read_cells, trial_cells
 from regimewrap.recipes.study.figures import figures
 from regimewrap.recipes.study.page import write_study_report
 from regimewrap.recipes.study.runner import run_study
-from regimewrap.recipes.study.verify import verify_cells
+from regimewrap.recipes.study.verify import _spread, problems_in, verify_cells
 
 from .conftest import Here, figures_of
 
@@ -135,6 +137,18 @@ def test_cells_made_again_here_are_equal_and_edited_ones_differ(trained):
     edited = next(check for check in verify_cells(trained, 5) if check.file == path.name)
     assert not edited.alike
     assert "differs by -40.00 points (made with torch 1.0)" in edited.text
+
+
+def test_other_seeds_that_broke_are_left_out_of_what_seeds_spread(trained):
+    first, second = sorted((trained / "cells").glob("digits_dense_*"))
+    record = json.loads(first.read_text())
+    others = {}
+    for seed, value in ((1, math.nan), (2, 0.5), (3, 0.7)):
+        figures_there = {"accuracy": {"1": value}}
+        others[str(seed)] = {"cell": {**record["cell"], "seed": seed}, "figures": figures_there}
+    assert _spread(record, others, "1") == pytest.approx(stdev([0.5, 0.7]))
+    second.write_text("{")
+    assert len(problems_in(trained)) == 1
 
 
 def test_nothing_to_verify_is_said(digits, tmp_path):
