@@ -141,7 +141,7 @@ def mark(found: Difference, task: TaskFigures) -> str:
 
 
 def gains(axis: Axes, task: TaskFigures) -> None:
-    """Draw gains over dense at each budget, with their 95 % interval."""
+    """Draw gains over dense at each budget, with 1.96 standard errors."""
     places, dense = np.arange(len(BUDGETS)), by_budget(task, "dense")
     for arm, color in ARMS.items():
         found = by_budget(task, arm)
