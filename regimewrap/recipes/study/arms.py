@@ -78,6 +78,15 @@ def _fixed(keep_ratio: float) -> Callable[[int], RegimePolicy]:
     return build
 
 
+def _dense_then(keep_ratio: float) -> Callable[[int], RegimePolicy]:
+    fixed = _fixed(keep_ratio)
+
+    def build(steps: int) -> RegimePolicy:
+        return fixed(steps).replace(cycle={"warmup": steps * 4 // 5, "every": 1})
+
+    return build
+
+
 def _mixed_always(steps: int) -> RegimePolicy:
     return RegimePolicy.preset("mixed", steps).replace(cycle={"strategy": Spread(rest=0.0)})
 
@@ -109,6 +118,9 @@ ARMS: dict[str, Arm] = {
     "fixed-0.2": Arm("Keep ratio 0.2 throughout.", _fixed(0.2), home=0.2),
     "fixed-0.1": Arm("Keep ratio 0.1 throughout.", _fixed(0.1), home=0.1),
     "fixed-0.05": Arm("Keep ratio 0.05 throughout.", _fixed(0.05), home=0.05),
+    "dense-then-0.1": Arm(
+        "Dense for four fifths of the updates, keep ratio 0.1 throughout the last fifth.", _dense_then(0.1), home=0.1
+    ),
     "sawtooth": Arm("The keep ratio from 1 to 0.05 in cycles, for the whole batch.", _preset("sawtooth", 0.0)),
     "sawtooth-half": Arm("The same for half of the batch; the other half dense.", _preset("sawtooth", 0.5)),
     "random-sawtooth": Arm(

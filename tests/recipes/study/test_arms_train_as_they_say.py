@@ -83,6 +83,14 @@ def test_hidden_layers_are_as_many_and_as_wide_as_their_name_says(study):
     assert make(cell)["multiply_adds"] == 64 * 12 + 12 * 12 + 12 * 10
 
 
+def test_dense_then_a_budget_is_dense_for_four_fifths_of_the_updates(study):
+    dense, then = (
+        make(cell_of(study, "text", arm, training={"steps": 40}))["trace"] for arm in ("dense", "dense-then-0.1")
+    )
+    assert then[:32] == dense[:32]
+    assert [ratio for _, ratio, _ in then[32:]] == [0.1] * 8
+
+
 def test_the_order_of_samples_is_the_seed_s_and_leaves_out_parts_of_batches(study):
     data = load(study.tasks["digits"], 0, "test")
     epoch = torch.cat(list(islice(data.order(3, 15), 2)))
