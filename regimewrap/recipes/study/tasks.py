@@ -6,23 +6,22 @@ no training set of a trial overlaps. What takes long to make or decode is kept i
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
-import io
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regimewrap.errors import DataError, MissingExtraError
-from regimewrap.files import nearest, write_whole
+from regimewrap.files import write_whole
 from regimewrap.recipes.data import NAMED, load_data
+from regimewrap.recipes.study.image_files import read_images, version
 from regimewrap.recipes.study.spec import Images, Mnist1d
 
 if TYPE_CHECKING:
@@ -115,7 +114,8 @@ def _make_mnist1d() -> tuple[Tensor, Tensor]:
 
 def _images(task: Images, seed: int, part: Part, folder: Path | None) -> Data:
     source = task.data if task.data in NAMED else str((folder or Path()) / task.data)
-    x, y, test_x, test_y = _cached(f"{_identity(source)}-{task.side}", lambda: _decoded(source, task.side))
+    kept = source if source in NAMED else f"{Path(source).name}-{version(Path(source))}"
+    x, y, test_x, test_y = _cached(f"{kept}-{task.side}", lambda: _decoded(source, task.side))
     draw = torch.Generator().manual_seed(seed)
     pool = torch.arange(len(y))
     if part == "validation":
@@ -143,7 +143,7 @@ def _decoded(source: str, side: int | None) -> tuple[Tensor, ...]:
         data = load_data(source)
         whole = [(data.train.pixels, data.train.labels), (data.test.pixels, data.test.labels)]
     else:
-        whole = _read_tree(Path(source))
+        whole = read_images(Path(source))
     parts: list[Tensor] = []
     for pixels, labels in whole:
         if side is not None:
@@ -154,34 +154,6 @@ def _decoded(source: str, side: int | None) -> tuple[Tensor, ...]:
             pixels = torch.cat(split)
         parts += [pixels, labels]
     return tuple(parts)
-
-
-def _read_tree(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """Decode ``train/<class>/…`` and ``test/<class>/…`` of a folder or a zip, RGB images of one size."""
-    from PIL import Image
-
-    if not path.exists():
-        near = nearest(path.name, NAMED)
-        raise DataError(f"data {path} doesn't exist; name its folder with --data, or take {' or '.join(NAMED)}.{near}")
-    try:
-        root: Any = zipfile.Path(path) if path.is_file() else path  # alike in what is used here
-        names = sorted(each.name for each in (root / "train").iterdir())
-        parts = []
-        for split in ("train", "test"):
-            pixels, labels = [], []
-            for label, name in enumerate(names):
-                for file in sorted((root / split / name).iterdir(), key=lambda each: each.name):
-                    with Image.open(io.BytesIO(file.read_bytes())) as image:
-                        array = bytearray(image.convert("RGB").tobytes())
-                        pixels.append(torch.frombuffer(array, dtype=torch.uint8).view(image.height, image.width, 3))
-                    labels.append(label)
-            if not pixels:
-                raise DataError(f"{path}: {split}/ holds no images in {', '.join(names) or 'any folder'}.")
-            parts.append((torch.stack(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)))
-    except (OSError, zipfile.BadZipFile, RuntimeError, KeyError) as error:  # RuntimeError: images of several sizes
-        what = f"expected a folder or zip with train/<class>/ and test/<class>/ of images of one size: {error}"
-        raise DataError(f"{path}: {what}.") from error
-    return parts
 
 
 def load_before(task: Characters) -> Data:
@@ -215,16 +187,6 @@ def _noisy(labels: Tensor, share: float, classes: int, draw: torch.Generator) ->
     return torch.where(wrong, (labels + shift) % classes, labels)
 
 
-def _identity(source: str) -> str:
-    """Return what a cached copy of decoded images is called: it changes with the file."""
-    path = Path(source)
-    try:
-        stamp = f"{path.resolve()}-{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.is_file() else source
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
-    return f"{path.name}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
-
-
 def _cached(name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regimewrap"
     path = root / f"{name}.pt"
@@ -233,7 +195,7 @@ def _cached(name: str, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, 
     try:
         if path.exists():
             return tuple(torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, ValueError):  # damaged: made anew
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError):  # damaged: made anew
         pass
     made = make()
     try:
