@@ -66,14 +66,17 @@ TASKS = (
     ("characters", "swiglu", "Characters, SwiGLU, nats"),
     ("characters-finetuned", "swiglu", "Characters, fine-tuned, nats"),
 )
-#: Columns of the table, beside dense.
-COLUMNS = {
-    "mixed": "`mixed`",
-    "mixed-always": "without resting",
-    "l1": "L1",
-    "accuracy-reset": "published rule, rescaled",
-    "fixed-0.1": "0.1 throughout",
-}
+#: Studies whose arms got learning rates of their own.
+TUNED = ("mnist1d", "digits")
+#: Columns of the table, beside dense: heading, arm, and the study if it is not the row's.
+COLUMNS = (
+    ("`mixed`", "mixed", None),
+    ("`mixed`, dense's rate", "mixed", "equal-rates"),
+    ("without resting", "mixed-always", None),
+    ("L1", "l1", None),
+    ("published rule, rescaled", "accuracy-reset", None),
+    ("0.1 throughout", "fixed-0.1", None),
+)
 TABLE = re.compile("(?<=<!-- table: -->\n\n).*?(?=\n<!-- :table -->)", re.DOTALL)
 
 
@@ -97,33 +100,42 @@ def by_budget(task: TaskFigures, arm: str) -> dict[int, list[float]]:
 
 def table() -> str:
     """Return the table: a row a task, dense and the differences from it, each at keep ratio 1 / at 0.1."""
-    heads = ["", "seeds", "dense", *COLUMNS.values(), "interval of `mixed` at 1"]
+    heads = ["", "seeds", "dense", *(title for title, _, _ in COLUMNS), "interval of `mixed` at 1"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' --: |' * (len(heads) - 1)}"]
-    held, asked = dict.fromkeys(COLUMNS, 0), dict.fromkeys(COLUMNS, 0)
+    held, asked = [0] * len(COLUMNS), [0] * len(COLUMNS)
     for name, which, title in TASKS:
         task = study(name).get(which)
         if task is None:
             continue
         digits, scale = (3, 1.0) if task.outcome == "nll" else (1, 100.0)
-        seeds = sorted({len(task.runs[arm]) for arm in ("dense", *COLUMNS) if arm in task.runs})
+        seeds = sorted({len(task.runs[arm]) for arm in ("dense", *(arm for _, arm, _ in COLUMNS)) if arm in task.runs})
         dense = [f"{scale * (task.spread('dense', budget).mean or math.nan):.{digits}f}" for budget in ("1", "0.1")]
         cells = [title, " to ".join(str(each) for each in dict.fromkeys((seeds[0], seeds[-1]))), " / ".join(dense)]
-        found = {budget: task.compared(budget) for budget in ("1", "0.1")}
-        for arm in COLUMNS:
-            both = [found[budget].get(arm) for budget in ("1", "0.1")]
-            shown = [f"{scale * each.mean:+.{digits}f}{mark(each, task)}" for each in both if each is not None]
-            cells.append(" / ".join(shown))
-            asked[arm] += bool(shown)
-            held[arm] += both[0] is not None and both[0].holds(task.equivalent)
-        full = found["1"]["mixed"]
+        for number, (_, arm, elsewhere) in enumerate(COLUMNS):
+            source = name if elsewhere is None else elsewhere if name in TUNED else None
+            both = [] if source is None else [each[arm] for each in differences(source, which) if arm in each]
+            if not both:
+                cells.append("")
+                continue
+            cells.append(" / ".join(f"{scale * each.mean:+.{digits}f}{mark(each, task)}" for each in both))
+            asked[number] += 1
+            held[number] += both[0].holds(task.equivalent)
+        full = differences(name, which)[0]["mixed"]
         enough = full.seeds >= FEWEST_SEEDS  # the interval of three seeds is too narrow
         cells.append(f"{scale * full.low:+.{digits}f} to {scale * full.high:+.{digits}f}" if enough else "")
         lines.append(f"| {' | '.join(cells)} |")
-    counts = [f"{held[arm]} of {asked[arm]}" for arm in COLUMNS]
+    counts = [f"{good} of {of}" for good, of in zip(held, asked, strict=True)]
     lines.append(f"| {' | '.join(['**no worse at 1 on**', '', '', *counts, ''])} |")
     finals, trials = counts_of_files()
     lines += ["", f"{finals:,} final trainings and {trials:,} trials, a file each, are in `docs/evidence`."]
     return "\n".join(lines) + "\n"
+
+
+@cache
+def differences(name: str, which: str) -> tuple[dict[str, Difference], ...]:
+    """Return how the arms of a study's task compare with dense, at keep ratio 1 and at 0.1."""
+    task = study(name).get(which)
+    return () if task is None else tuple(task.compared(budget) for budget in ("1", "0.1"))
 
 
 def counts_of_files() -> tuple[int, int]:
