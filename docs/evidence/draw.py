@@ -100,7 +100,7 @@ def by_budget(task: TaskFigures, arm: str) -> dict[int, list[float]]:
 
 def table() -> str:
     """Return the table: a row a task, dense and the differences from it, each at keep ratio 1 / at 0.1."""
-    heads = ["", "seeds", "dense", *(title for title, _, _ in COLUMNS), "interval of `mixed` at 1"]
+    heads = ["(seeds)", "dense", *(title for title, _, _ in COLUMNS), "interval of `mixed` at 1"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' --: |' * (len(heads) - 1)}"]
     held, asked = [0] * len(COLUMNS), [0] * len(COLUMNS)
     for name, which, title in TASKS:
@@ -110,7 +110,10 @@ def table() -> str:
         digits, scale = (3, 1.0) if task.outcome == "nll" else (1, 100.0)
         seeds = sorted({len(task.runs[arm]) for arm in ("dense", *(arm for _, arm, _ in COLUMNS)) if arm in task.runs})
         dense = [f"{scale * (task.spread('dense', budget).mean or math.nan):.{digits}f}" for budget in ("1", "0.1")]
-        cells = [title, " to ".join(str(each) for each in dict.fromkeys((seeds[0], seeds[-1]))), " / ".join(dense)]
+        cells = [
+            f"{title} ({' to '.join(str(each) for each in dict.fromkeys((seeds[0], seeds[-1])))})",
+            " / ".join(dense),
+        ]
         for number, (_, arm, elsewhere) in enumerate(COLUMNS):
             source = name if elsewhere is None else elsewhere if name in TUNED else None
             both = [] if source is None else [each[arm] for each in differences(source, which) if arm in each]
@@ -125,7 +128,7 @@ def table() -> str:
         cells.append(f"{scale * full.low:+.{digits}f} to {scale * full.high:+.{digits}f}" if enough else "")
         lines.append(f"| {' | '.join(cells)} |")
     counts = [f"{good} of {of}" for good, of in zip(held, asked, strict=True)]
-    lines.append(f"| {' | '.join(['**no worse at 1 on**', '', '', *counts, ''])} |")
+    lines.append(f"| {' | '.join(['**no worse at 1 on**', '', *counts, ''])} |")
     finals, trials = counts_of_files()
     lines += ["", f"{finals:,} final trainings and {trials:,} trials, a file each, are in `docs/evidence`."]
     return "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regimewrap.report.summary import Spread
 
 _MARKS: dict[Verdict, str] = {"above": "▲", "below": "▼", "tie": "=", "open": ""}
+_NBSP = "\N{NO-BREAK SPACE}"
 _KEY = "▲ above dense, ▼ below, = ties, no mark: the seeds do not say"
 
 
@@ -97,7 +98,7 @@ def _task(study: Study, task: TaskFigures) -> Iterable[str]:
         cells = [arm, str(len(task.runs[arm]))]
         for budget in task.budgets:
             mark = _MARKS[found[budget][arm].verdict(task.equivalent)] if arm != "dense" else ""
-            cells.append(f"{_spread(task.spread(arm, budget), task)} {mark}".strip())
+            cells.append(f"{_spread(task.spread(arm, budget), task)}{mark and _NBSP}{mark}")
         full = found[task.budgets[0]]
         cells.append(_difference(full[arm], task) if arm in full else "")
         cells.append(task.lowest_budget(arm) or "none")
@@ -139,7 +140,7 @@ def _spread(found: Spread, task: TaskFigures) -> str:
     scale, digits = (1.0, 3) if task.outcome == "nll" else (100.0, 1)
     text = "–" if found.mean is None else f"{scale * found.mean:.{digits}f}"
     deviation = found.deviation
-    text += f" ± {scale * deviation:.{digits}f}" if deviation is not None else ""
+    text += f"{_NBSP}±{_NBSP}{scale * deviation:.{digits}f}" if deviation is not None else ""
     return text + (f" ({found.lost} broke)" if found.lost else "")
 
 

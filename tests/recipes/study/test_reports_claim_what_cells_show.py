@@ -42,7 +42,7 @@ def test_the_page_says_above_tie_and_unknown_as_interval_and_test_allow(folder):
     )
     assert "data digits, train_samples 40, steps 4, batch_size 10, lr 0.05. Figures" in page
     assert "Nothing was tuned: each arm has the spec's learning rate and its own default number." in page
-    assert "| weight-decay | 8 | 85.0 ± 0.0 ▲ | 35.0 ± 0.0 ▲ |" in page
+    assert "| weight-decay | 8 | 85.0 ± 0.0 ▲ | 35.0 ± 0.0 ▲ |" in page.replace("\N{NO-BREAK SPACE}", " ")
     assert (folder / "report.md").read_text() == page
     assert (folder / "digits.svg").read_text().startswith("<?xml")
 
